@@ -3,6 +3,9 @@
 A DataLoader starts new workers for every loop, each with a copy of the data set as it was in the parent process, which does not
 hear how far they came. What the loops of one data set have in common is therefore in a small anonymous file of the parent:
 workers of one loop find the same start there, and those of the next loop the end of the epoch.
+
+A process that inherits a data set (a rank that ``torch.multiprocessing`` starts) has loops of its own. It cannot have a file of
+its own, since nothing runs between its start and that of its workers: the file has an entry for each process that starts workers.
 """
 
 from __future__ import annotations
@@ -10,25 +13,35 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import multiprocessing
 import os
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from torch.utils.data import get_worker_info
+
 Origin = tuple[int, int, int]
 
 
+_NAME = "fovea-loops"
+_MOST_BYTES = 1 << 20
+
+
 class Loops:
-    """The loops over one data set. Copies in other processes, forked or unpickled, share the file."""
+    """The loops over one data set. Copies in other processes, forked or unpickled, share the file.
+
+    Methods refer to the loops of this process, or in a worker of a DataLoader to those of the process that started it.
+    """
 
     def __init__(self) -> None:
-        self._make()
+        self._own(os.memfd_create(_NAME))
 
     def __reduce__(self) -> tuple[Callable[..., Loops], tuple[int, int]]:
-        return _attached, (self._pid, self._file)
+        return _attached, (os.getpid(), self._file)  # a forked process has the file under the same number
 
-    def _make(self) -> None:
-        self._pid, self._file = os.getpid(), os.memfd_create("fovea-loops")
+    def _own(self, file: int) -> None:
+        self._pid, self._file = os.getpid(), file
         weakref.finalize(self, _close, self._pid, self._file)
 
     def move(self, origin: Origin) -> None:
@@ -84,30 +97,42 @@ class Loops:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[dict[str, Any]]:
-        descriptor = self._file if self._pid == os.getpid() else os.open(f"/proc/{self._pid}/fd/{self._file}", os.O_RDWR)
+        fcntl.lockf(self._file, fcntl.LOCK_EX)
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX)
-            try:
-                table = json.loads(os.pread(descriptor, 1 << 20, 0) or b"{}")
-                yield table
-                data = json.dumps(table).encode()
-                os.pwrite(descriptor, data, 0)
-                os.ftruncate(descriptor, len(data))
-            finally:
-                fcntl.lockf(descriptor, fcntl.LOCK_UN)
+            tables = json.loads(os.pread(self._file, _MOST_BYTES, 0) or b"{}")
+            yield tables.setdefault(_parent() if get_worker_info() is not None else _process(os.getpid()), {})
+            data = json.dumps(tables).encode()
+            os.pwrite(self._file, data, 0)
+            os.ftruncate(self._file, len(data))
         finally:
-            if descriptor != self._file or self._pid != os.getpid():
-                os.close(descriptor)
+            fcntl.lockf(self._file, fcntl.LOCK_UN)
 
 
 def _attached(pid: int, file: int) -> Loops:
-    """Attaches to the file of a parent process; a copy in the same process, or of a process that has ended, gets its own."""
+    """Attaches to the file of another process; a copy in the same process, or of a process that has ended, gets its own."""
     loops = Loops.__new__(Loops)
-    if pid == os.getpid() or not os.path.exists(f"/proc/{pid}/fd/{file}"):
-        loops._make()
-    else:
-        loops._pid, loops._file = pid, file
+    path = f"/proc/{pid}/fd/{file}"
+    try:
+        shared = pid != os.getpid() and os.readlink(path).startswith(f"/memfd:{_NAME}")
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC) if shared else os.memfd_create(_NAME)
+    except OSError:
+        descriptor = os.memfd_create(_NAME)
+    loops._own(descriptor)
     return loops
+
+
+def _parent() -> str:
+    parent = multiprocessing.parent_process()  # not getppid(), which may be that of the fork server
+    return _process(os.getppid() if parent is None or parent.pid is None else parent.pid)
+
+
+def _process(pid: int) -> str:
+    """Returns a process with its start time, since the number of one that has ended may be given again."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return f"{pid} {file.read().rpartition(b')')[2].split()[19].decode()}"
+    except OSError:
+        return str(pid)
 
 
 def _close(pid: int, file: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -44,7 +45,8 @@ class ShardDataset(IterableDataset[Any]):
         require: of ``caption``, ``label`` and ``segmentation`` the parts without which a sample is left out.
         members: extensions of the members to read besides the image; ``None`` for all.
         rank: this rank, with ``world_size``. By default those of ``torch.distributed`` if it is initialized when the first sample
-            is read, else of the variables ``RANK`` and ``WORLD_SIZE``, else a single rank.
+            is read, else of the variables ``RANK`` and ``WORLD_SIZE``, else a single rank. A copy that another process unpickles
+            finds its rank there; a worker of a DataLoader has that of its parent.
         world_size: number of ranks.
         endless: whether epochs follow each other in one loop.
         bad_samples: folder in which samples that could not be used are recorded.
@@ -93,6 +95,7 @@ class ShardDataset(IterableDataset[Any]):
         self.transform, self.endless = transform, endless
         self._batch_size, self._folder = batch_size, bad_samples
         self._rank, self._world_size = rank, world_size
+        self._inherited: Ranks | None = None  # of the process that pickled this copy, if it knew its rank
         self._position = self._moves = 0  # and how often it was set from outside
         self._shared_by: int | None = None  # the ranks that share the step which the position lies within
         self._origin: Origin | None = None  # in a worker process: all three, as it received them
@@ -107,7 +110,7 @@ class ShardDataset(IterableDataset[Any]):
     @property
     def ranks(self) -> Ranks:
         """The rank of this process; see ``rank`` above."""
-        ranks = Ranks.find(self._rank, self._world_size)
+        ranks = self._known_ranks() or Ranks()
         self.source.check_world(ranks.world, ranks.rank)
         return ranks
 
@@ -202,7 +205,7 @@ class ShardDataset(IterableDataset[Any]):
                 the next loop raises if the ranks are not known yet).
         """
         position, info = check_state(state, self.source.identity), get_worker_info()
-        if self._rank is not None or Ranks.of_process() is not None:
+        if self._known_ranks() is not None:
             self.units(self.ranks).at(position.samples, position.world)
         if info is not None and "start" in state:
             units = self.units(self.ranks)
@@ -298,6 +301,13 @@ class ShardDataset(IterableDataset[Any]):
         if samples is not None:
             self._set(Position(samples))
 
+    def _known_ranks(self) -> Ranks | None:
+        if self._rank is not None or self._world_size is not None:
+            return Ranks.find(self._rank, self._world_size)
+        if self._inherited is not None and get_worker_info() is not None:
+            return self._inherited  # a worker has the rank of its parent, which its own environment need not name
+        return Ranks.of_process() or self._inherited
+
     def units(self, ranks: Ranks) -> Units:
         """Returns how a step is cut into batches."""
         return Units.of(self.source.order.global_batch, ranks.world, self._batch_size)
@@ -367,9 +377,11 @@ class ShardDataset(IterableDataset[Any]):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        ranks = self.ranks if get_worker_info() is None else None
-        known = {} if ranks is None else {"_rank": ranks.rank, "_world_size": ranks.world}
-        return {**self.__dict__, "bad_samples": None, **known}
+        # The copy may go to a worker of this rank, which cannot find the rank, or to a process that is to become another rank.
+        inherited = self._inherited
+        with contextlib.suppress(ConfigError):  # the process that reads samples raises it
+            inherited = self._known_ranks() or inherited
+        return {**self.__dict__, "bad_samples": None, "_inherited": inherited}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import subprocess
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -425,3 +426,47 @@ def test_indexed_walk_yields_what_the_strict_walk_yields(tmp_path: Path) -> None
         start = members[5].offset - 512
         if form == tarfile.USTAR_FORMAT:
             assert list(walk_indexed(source, start)) == members[5:]
+
+
+def test_a_pickled_copy_finds_its_rank_where_it_is_read(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or has that of the process that pickled it: in a worker of a DataLoader, and where nothing says another."""
+
+    def environment(rank: int | None) -> None:
+        for name, value in (("RANK", rank), ("WORLD_SIZE", 4)):
+            monkeypatch.delenv(name, raising=False) if rank is None else monkeypatch.setenv(name, str(value))
+
+    before = pickle.dumps(opened())
+    environment(3)
+    known = pickle.dumps(opened())
+    for copied in (pickle.loads(before), copy.deepcopy(pickle.loads(before))):
+        assert (copied.ranks.rank, copied.ranks.world) == (3, 4)
+    environment(1)
+    assert pickle.loads(known).ranks.rank == 1
+    assert next(iter(pickle.loads(known)))["__position__"] == 2
+    with monkeypatch.context() as worker:
+        worker.setattr("pipeline.data.shard_dataset.get_worker_info", lambda: object())
+        assert pickle.loads(known).ranks.rank == 3
+        assert pickle.loads(pickle.dumps(pickle.loads(known))).ranks.rank == 3
+    monkeypatch.delenv("WORLD_SIZE")
+    pickle.dumps(opened())
+    environment(None)
+    assert (pickle.loads(known).ranks.rank, pickle.loads(before).ranks.world) == (3, 1)
+    explicit = pickle.loads(pickle.dumps(opened(rank=1, world_size=2)))
+    environment(3)
+    assert (explicit.ranks.rank, explicit.ranks.world) == (1, 2)
+
+
+def test_loops_write_into_no_file_of_another_kind(tmp_path: Path) -> None:
+    """The number of a closed file may be given to another one before a copy is unpickled."""
+    from pipeline.data.loops import _attached
+
+    path = tmp_path / "precious"
+    path.write_text("{}")
+    with path.open("r+") as file:
+        child = subprocess.Popen(["sleep", "60"], stdin=file)
+        try:
+            _attached(child.pid, 0).move((1, 8, 0))
+        finally:
+            child.kill()
+            child.wait()
+    assert path.read_text() == "{}"
