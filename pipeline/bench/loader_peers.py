@@ -89,7 +89,7 @@ class Loader(ABC):
 class Fovea(Loader):
     """Ours."""
 
-    name, package, how = "fovea", "pipeline", "own state, one integer"
+    name, package, how = "fovea", "pipeline", "own state, one position"
 
     def __init__(self, setup: Setup, *, decoded: bool) -> None:
         super().__init__(setup, decoded=decoded)
