@@ -76,7 +76,8 @@ def test_limits_the_mask_of_new_files_niceness_and_cores_are_those_of_the_proces
         "state = [resource.getrlimit(resource.RLIMIT_FSIZE), os.umask(0), os.nice(0), sorted(os.sched_getaffinity(0))]; "
         "json.dump(state, open(1, 'w'))"
     )
-    begin = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 31)); os.umask(0o27); os.nice(3); "
+    begin = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 31)); os.umask(0o27); "
+    begin += "os.nice(3); "
     begin += "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); os.execv(sys.argv[1], [sys.argv[1], '-c', *sys.argv[2:]])"
     found = []
     for python in (warm.REAL, sys.executable):
