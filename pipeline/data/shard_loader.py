@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from pipeline.data.library import State, check_state
 from pipeline.data.loader.bad_samples import Event
+from pipeline.data.resumable import ResumableLoader
 from pipeline.errors import FoveaError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pipeline.data.shard_dataset import ShardDataset
 
 
-class ShardLoader:
+class ShardLoader(ResumableLoader):
     """Batches of a :class:`pipeline.data.ShardDataset`, made in worker processes, in order.
 
     One ``for`` loop yields the rest of the current epoch; after a ``break`` the next loop continues with the next batch. The
@@ -60,45 +60,6 @@ class ShardLoader:
     def batch_size(self) -> int:
         """Samples of a batch on this rank."""
         return self.dataset.batch_size
-
-    @property
-    def step(self) -> int:
-        """Steps of which all batches have been handed out."""
-        return self.dataset.position // self.dataset.source.order.global_batch
-
-    @property
-    def epoch(self) -> int:
-        """The epoch that the next batch belongs to."""
-        return self.dataset.source.order.epoch_of(self.step)
-
-    def __len__(self) -> int:
-        """Batches of this epoch on this rank, including those that were handed out before.
-
-        Raises:
-            TypeError: the data set is endless.
-        """
-        if self.dataset.endless:
-            raise TypeError("an endless data set has no length")
-        order, units = self.dataset.source.order, self._units()
-        first = order.first_step(order.epoch_of(self.step))
-        return (order.next_epoch(self.step) - first) * units.per_step
-
-    def state_dict(self) -> State:
-        """Returns the position, which is that of the data set; see :meth:`pipeline.data.ShardDataset.state_dict`."""
-        return self.dataset.state_dict()
-
-    def load_state_dict(self, state: State) -> None:
-        """Lets the next loop continue at a position; see :meth:`pipeline.data.ShardDataset.load_state_dict`.
-
-        Raises:
-            DataError: the state belongs to other data, or lies within a batch or within a step that other ranks have begun.
-        """
-        self.dataset.next_unit(self._units(), check_state(state, self.dataset.source.identity))
-        self.dataset.load_state_dict(state)
-
-    def seek(self, step: int) -> None:
-        """Lets the next loop start at a step."""
-        self.dataset.seek(step)
 
     def __iter__(self) -> Iterator[Any]:
         """Yields batches to the end of the epoch.
@@ -149,9 +110,6 @@ class ShardLoader:
             collate_fn=_as_is,
             generator=torch.Generator(),  # the loader draws a seed, which must not advance the random numbers of training
         )
-
-    def _units(self) -> Units:
-        return self.dataset.units(self.dataset.ranks)
 
 
 class _Batches(Dataset[Any]):

@@ -11,15 +11,16 @@ import torch
 
 from pipeline.data.augment.dali import Hue
 from pipeline.data.augment.views import Batch, TextSpec, ViewSpec
-from pipeline.data.library import State, Units, check_state
+from pipeline.data.library import Units
 from pipeline.data.loader.batch_stream import BatchStream, StreamOptions
 from pipeline.data.loader.encoded_batches import StepDataset
 from pipeline.data.loader.reader import Reader
+from pipeline.data.resumable import ResumableLoader
 from pipeline.data.shard_dataset import ShardDataset
 from pipeline.errors import ConfigError
 
 
-class ViewLoader:
+class ViewLoader(ResumableLoader):
     """Batches of views of the samples of WebDataset shards, as ``fovea train`` gives them to a method.
 
     One ``for`` loop yields the rest of the current epoch; after a ``break`` the next loop continues with the next batch. Decoding
@@ -89,35 +90,6 @@ class ViewLoader:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._workers, self._threads, self._prefetch, self._hue = num_workers, threads, prefetch, hue
 
-    @property
-    def step(self) -> int:
-        """Steps of which all batches have been handed out."""
-        return self.dataset.position // self.dataset.source.order.global_batch
-
-    @property
-    def epoch(self) -> int:
-        """The epoch that the next batch belongs to."""
-        return self.dataset.source.order.epoch_of(self.step)
-
-    def __len__(self) -> int:
-        """Batches of this epoch on this rank, including those that were handed out before."""
-        order = self.dataset.source.order
-        first = order.first_step(order.epoch_of(self.step))
-        return (order.next_epoch(self.step) - first) * self._units().per_step
-
-    def state_dict(self) -> State:
-        """Returns the position, which is that of the data set; see :meth:`pipeline.data.ShardDataset.state_dict`."""
-        return self.dataset.state_dict()
-
-    def load_state_dict(self, state: State) -> None:
-        """Lets the next loop continue at a position; see :meth:`pipeline.data.ShardDataset.load_state_dict`.
-
-        Raises:
-            DataError: the state belongs to other data, or lies within a batch or within a step that other ranks have begun.
-        """
-        self.dataset.next_unit(self._units(), check_state(state, self.dataset.source.identity))
-        self.dataset.load_state_dict(state)
-
     def __iter__(self) -> Iterator[Batch]:
         """Yields batches to the end of the epoch.
 
@@ -168,6 +140,3 @@ class ViewLoader:
                 skipped = 0
         finally:
             stream.close()
-
-    def _units(self) -> Units:
-        return self.dataset.units(self.dataset.ranks)

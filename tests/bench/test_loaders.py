@@ -50,8 +50,6 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("peer", HERE)
 def test_samples_of_each_loader_are_accounted_for(peer: str, setup: dict[str, Any]) -> None:
-    if not PEERS[peer].installed():
-        pytest.skip(f"{peer} is not installed")
     measured = Measured()
     loaders._properties(peer, setup, measured, Options(32, 4, 1))
     loaders._round(peer, setup, measured, 16)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -34,12 +33,6 @@ END = {"plain": "model", "accelerate": "accelerator.unwrap_model(model)", "light
 def environment(folder: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(OF_LAUNCHERS)}
     return {**kept, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache"), "PYTHONWARNINGS": "ignore"}
-
-
-def needs(name: str) -> None:
-    module = {"lightning": "lightning", "webdataset": "webdataset", "accelerate": "accelerate"}.get(name)
-    if module is not None and importlib.util.find_spec(module) is None:
-        pytest.skip(f"{module} is not installed")
 
 
 def attempt(script: Path, folder: Path, kill_after: int | None) -> list[int]:
@@ -87,7 +80,6 @@ def weights(shards: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def test_a_script_that_is_killed_ends_with_the_weights_of_one_that_was_not(
     name: str, shards: str, weights: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    needs(name)
     script, run = script_of(name, tmp_path, shards), tmp_path / "run"
     assert attempt(script, run, 7) == list(range(1, 8))
     if name == "plain":
@@ -101,7 +93,6 @@ def test_a_script_that_is_killed_ends_with_the_weights_of_one_that_was_not(
 
 @pytest.mark.parametrize("name", ["webdataset", "random access"])
 def test_a_recipe_runs_as_it_stands_on_the_page(name: str, shards: str, tmp_path: Path) -> None:
-    needs(name)
     script = written(name, tmp_path, shards)
     done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -57,7 +57,9 @@ def everything(loader: Any) -> list[int]:
 
 
 def stateful() -> Any:
-    return pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is not installed").StatefulDataLoader
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    return StatefulDataLoader
 
 
 def make_loader(protocol: str, dataset: ShardDataset, workers: int) -> Any:
@@ -201,7 +203,8 @@ def test_spawned_workers_read_the_same(opened: Opener) -> None:
 
 
 def test_a_webdataset_pipeline_reads_from_it(folder: Path, tmp_path: Path) -> None:
-    wds = pytest.importorskip("webdataset")
+    import webdataset as wds
+
     source = ShardSource(str(folder / "a-*.tar"), global_batch_size=BATCH, seed=5, index=str(tmp_path))
     pipeline = wds.DataPipeline(
         source, wds.decode("rgb8"), wds.to_tuple("__position__", "jpg", "cls", "__key__"), wds.batched(BATCH)

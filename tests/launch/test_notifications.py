@@ -288,26 +288,26 @@ def test_a_damaged_record_of_what_is_known_accepts_nothing(tmp_path: Path) -> No
 def test_a_local_run_notifies_its_end_and_a_strangers_stored_section_does_not(
     config: Path, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = tmp_path / "told"
-    command = f"notify.command=['sh', '-c', 'echo \"<$FOVEA_EVENT>\" >> {told}; cat >> {told}']"
+    received = tmp_path / "received"
+    command = f"notify.command=['sh', '-c', 'echo \"<$FOVEA_EVENT>\" >> {received}; cat >> {received}']"
     short = ["train.duration='6 steps'", "launch.num_processes=1"]
     done = train(config, shards, tmp_path / "run", command, *short)
     assert done.returncode == 0, done.stderr + done.stdout
-    assert "<finished>" in told.read_text() and "all 6 steps are done" in told.read_text()
+    assert "<finished>" in received.read_text() and "all 6 steps are done" in received.read_text()
     assert "sh" in (tmp_path / "run" / "config.json").read_text()
     stored = ["train", str(tmp_path / "run")]
     again = [sys.executable, "-m", "launch.cli.main", *stored]
 
     def repeat() -> str:
-        told.unlink()
+        received.unlink()
         done = subprocess.run(again, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stderr
 
     repeat()
-    assert told.exists(), "the same user"
+    assert received.exists(), "the same user"
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another user"))
-    assert "stored in the run only" in repeat() and not told.exists()
+    assert "stored in the run only" in repeat() and not received.exists()
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def test_output_is_written_exit_functions_run_and_threads_are_awaited(tmp_path: 
 import multiprocessing, time
 atexit.register(print, "last")
 def work():
-    time.sleep(0.2)
+    threading.main_thread().join()  # returns when that thread has begun to end the process
     open({str(tmp_path / "written")!r}, "w").write("by a thread")
 threading.Thread(target=work).start()
 multiprocessing.get_context("fork").Process(target=time.sleep, args=(3600,), daemon=True).start()

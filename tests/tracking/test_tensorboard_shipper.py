@@ -15,8 +15,6 @@ from pipeline.tracking import Journal, check_installed, described, shippers
 from pipeline.tracking.settings import TrackingSettings
 from pipeline.tracking.tensorboard_shipper import TensorBoardShipper
 
-pytest.importorskip("tensorboard", reason="tensorboard is not installed")
-
 
 def journal(run: Path, attempt: int = 0) -> Journal:
     return Journal(run / "tracking" / f"journal-{attempt:04d}.jsonl", clock=lambda: 1000.0 + attempt)

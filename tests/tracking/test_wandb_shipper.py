@@ -15,7 +15,6 @@ from pipeline.tracking import Journal
 from pipeline.tracking.wandb_shipper import WandbShipper, mode
 from tests.helpers.wandb_files import contents
 
-pytest.importorskip("wandb", reason="wandb is not installed")
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 
