@@ -304,6 +304,8 @@ def _train(
         else:
             show.log(f"stopped by {stop.name} at step {trainer.progress.step}, saved; the same command resumes")
         # A run that was asked to stop must exit soon; a finished one may wait until MLflow's database has been created.
+        for one in trackers:
+            one.finish()
         end = time.monotonic() + (_PATIENCE if finished else 5.0)
         behind = [one.tracker for one in trackers if not one.close(max(end - time.monotonic(), 0.0))]
         if behind:

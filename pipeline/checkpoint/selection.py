@@ -26,7 +26,7 @@ def newest(directory: Path, *, begun_at: Path | None = None) -> tuple[Saved | No
     committed = rows(directory)
     candidates = committed[::-1]
     if begun_at is not None:
-        candidates = [row for row in candidates if _came_of(row, directory, begun_at)]
+        candidates = _descendants(candidates, directory, begun_at)
     readable = {row.name for row in committed}
     unreadable = sorted(path for path in directory.glob("step_*") if path.name not in readable and path.is_dir())
     if begun_at is None:
@@ -49,13 +49,16 @@ def newest(directory: Path, *, begun_at: Path | None = None) -> tuple[Saved | No
     return None, complaints
 
 
-def _came_of(row: Row, directory: Path, begun_at: Path) -> bool:
-    """Whether a checkpoint descends from an attempt started from this path, and the path still holds the same checkpoint."""
+def _descendants(candidates: list[Row], directory: Path, begun_at: Path) -> list[Row]:
+    """Checkpoints that descend from an attempt started from this path, if the path still holds the same checkpoint."""
     try:
         started_from = read(begun_at).id
     except CheckpointError:  # deleted since
         started_from = None
     where = str(begun_at.resolve())
-    return str((directory / row.name).resolve()) != where and any(
-        path == where and started_from in (None, id) for id, path in row.origins
-    )
+    return [
+        row
+        for row in candidates
+        if any(path == where and started_from in (None, id) for id, path in row.origins)
+        and str((directory / row.name).resolve()) != where
+    ]

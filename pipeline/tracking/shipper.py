@@ -7,6 +7,7 @@ subclass in one file, with a cursor of its own.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -88,13 +89,17 @@ class JournalShipper(ABC):
         """Starts the background thread."""
         self._thread.start()
 
+    def finish(self) -> None:
+        """Asks the thread to send the remaining records and to end; several trackers do so side by side."""
+        self._stop.set()
+
     def close(self, seconds: float = 5.0) -> bool:
         """Sends the remaining records, for at most ``seconds``.
 
         Returns:
             Whether everything was accepted; if not, the next attempt sends the rest.
         """
-        self._stop.set()
+        self.finish()
         self._thread.join(timeout=seconds)
         return not self._thread.is_alive() and not self._pending()
 
@@ -118,7 +123,8 @@ class JournalShipper(ABC):
                 if last:
                     self._disconnect(failed=False)
             except Exception as error:  # no error of a tracker may reach training
-                self._disconnect(failed=True)
+                with contextlib.suppress(Exception):  # such as a file that cannot be closed on a full disk
+                    self._disconnect(failed=True)
                 self.trouble = error
                 if not away:
                     reason = first_line(error)

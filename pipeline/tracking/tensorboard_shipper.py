@@ -74,9 +74,9 @@ class TensorBoardShipper(JournalShipper):
             return False
 
     def _disconnect(self, *, failed: bool) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
     def _send(self, records: list[dict[str, Any]]) -> None:
         newest = dict(self._cursor["steps"])

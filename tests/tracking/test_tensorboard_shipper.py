@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from pathlib import Path
@@ -116,7 +117,29 @@ def test_a_deleted_file_is_replaced_by_one_that_has_everything(tmp_path: Path) -
     assert history(tmp_path, "loss") == [(0, 0.0), (1, 1.0)]
 
 
-def test_a_full_disk_delays_and_loses_nothing(tmp_path: Path) -> None:
+def test_a_full_disk_delays_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    journal(tmp_path).metrics(0, {"loss": 0.0})
+    running = shipper(tmp_path, said)
+    connect = running._connect
+
+    def without_space() -> None:
+        connect()
+        running._file = open("/dev/full", "r+b")  # noqa: SIM115 - the shipper closes it, which fails too
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "_connect", without_space)
+        running.start()
+        assert not running.close(60)
+    assert isinstance(running.trouble, OSError) and running.trouble.errno == errno.ENOSPC
+    assert len(said) == 1 and "No space left" in said[0]
+    running = shipper(tmp_path, said)
+    running.start()
+    assert running.close(60)
+    assert history(tmp_path, "loss") == [(0, 0.0)]
+
+
+def test_a_folder_that_cannot_be_made_delays_and_loses_nothing(tmp_path: Path) -> None:
     said: list[str] = []
     one = journal(tmp_path)
     one.metrics(0, {"loss": 0.0})
