@@ -5,6 +5,7 @@ block of 32 KiB:  (CRC-32C, length, kind) and data, and so on; kinds: 1 complete
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from collections.abc import Iterator
@@ -68,6 +69,16 @@ def is_ended(path: Path) -> bool:
         return any(record.WhichOneof("record_type") == "exit" for record in records(path, start))
     except (OSError, DataError):
         return False
+
+
+def is_open(path: Path) -> bool:
+    """Whether a process of this user on this node has a file open; W&B's outlives the process that it served, and writes on."""
+    where = str(path.resolve())
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(descriptor) == where:
+                return True
+    return False
 
 
 def logged(path: Path) -> int:

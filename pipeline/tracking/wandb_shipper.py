@@ -29,7 +29,7 @@ from pipeline.errors import DataError, FoveaError
 from pipeline.masking import printable, shown_address
 from pipeline.runtime.run_directory import RunDirectory
 from pipeline.tracking.shipper import JournalShipper, first_line, load_cursor, new_cursor
-from pipeline.tracking.wandb_files import is_ended, logged
+from pipeline.tracking.wandb_files import is_ended, is_open, logged
 from pipeline.untrusted import read_bytes
 
 _PUBLIC = "https://api.wandb.ai"
@@ -83,7 +83,9 @@ class WandbShipper(JournalShipper):
         self._wandb = wandb
         run_id = self._cursor["run_id"]
         names = [name for name in self._cursor["sessions"] if _SESSION.fullmatch(name)]
-        self._skip = sum(logged(Path(folder) / "wandb" / name / f"run-{run_id}.wandb") for name in names)
+        files = [Path(folder) / "wandb" / name / f"run-{run_id}.wandb" for name in names]
+        self._await(lambda: not any(map(is_open, files)), "W&B's process of an earlier attempt still writes")
+        self._skip = sum(map(logged, files))
         self._wandb_run = wandb.init(
             project=self._project,
             entity=self._entity or None,
@@ -117,7 +119,9 @@ class WandbShipper(JournalShipper):
             return
         try:
             run.finish(exit_code=int(failed or self._failed))
-            self._await_end(Path(run.dir).parent / f"run-{self._cursor['run_id']}.wandb")
+            file = Path(run.dir).parent / f"run-{self._cursor['run_id']}.wandb"
+            if mode() == "offline":  # it may still be writing when finish returns
+                self._await(lambda: is_ended(file), f"{file.name} has no end")
         except Exception as error:  # the journal has everything
             failed = True
             self._log(f"{self.tracker} has not closed its file ({first_line(error)})")
@@ -127,16 +131,16 @@ class WandbShipper(JournalShipper):
             self._cursor["sessions"], self._closed = [], True
             super()._write_cursor()
 
-    def _await_end(self, file: Path) -> None:
-        """Waits for W&B's process, which may still be writing its file when ``finish`` returns.
+    def _await(self, condition: Callable[[], bool], what: str) -> None:
+        """Waits for W&B's process, which writes its file on its own.
 
         Raises:
-            TimeoutError: the end is not in the file.
+            TimeoutError: with ``what``.
         """
         end = time.monotonic() + _PATIENCE
-        while mode() == "offline" and not is_ended(file):
+        while not condition():
             if time.monotonic() > end:
-                raise TimeoutError(f"{file.name} has no end")
+                raise TimeoutError(what)
             time.sleep(0.05)
 
     def _write_cursor(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline.tracking import Journal
+from pipeline.tracking import Journal, wandb_files, wandb_shipper
+from pipeline.tracking.shipper import new_cursor
 from pipeline.tracking.wandb_shipper import WandbShipper, mode
 from tests.helpers.wandb_files import contents
 
@@ -95,6 +97,23 @@ def test_a_rank_killed_with_9_loses_nothing_that_was_accepted(tmp_path: Path) ->
     known = contents(run / "wandb")
     assert known.series("loss") == [(step, float(step)) for step in range(310)]
     assert len(known.ids) == 1
+
+
+def test_rows_of_an_earlier_attempt_are_counted_when_its_process_writes_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run-x.wandb"
+    with path.open("w"):
+        assert wandb_files.is_open(path)
+    assert not wandb_files.is_open(path)
+    run, events = tmp_path / "run", []
+    journal(run).metrics(0, {"loss": 0.0})
+    cursor = new_cursor("https://api.wandb.ai//vision", "abc1") | {"sessions": ["offline-run-20260101_000000-abc1"]}
+    (run / "tracking" / "cursor-wandb.json").write_text(json.dumps(cursor))
+    monkeypatch.setattr(wandb_shipper, "is_open", lambda path: events.append("open") or len(events) < 3)
+    monkeypatch.setattr(wandb_shipper, "logged", lambda path: events.append("counted") or 0)
+    ship(run)
+    assert events == ["open", "open", "open", "counted"]
 
 
 def test_its_variables_are_heeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
