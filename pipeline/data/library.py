@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -9,8 +10,30 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import ConfigError, DataError
+from pipeline.masking import printable
 
 State = dict[str, Any]
+_MOST = (1 << 63) - 1
+
+
+def integer(name: str, value: Any, least: int = 0) -> int:
+    """An argument that must be an integer below 2⁶³, of Python or NumPy.
+
+    Args:
+        name: of the argument.
+        value: as it was given.
+        least: smallest value.
+
+    Raises:
+        ConfigError: it is none, or too small or large.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if not least <= number <= _MOST:
+        raise ConfigError(f"{printable(repr(value), limit=60)} is not an integer from {least} on", where=name, hint="Correct it")
+    return number
 
 
 @dataclass(frozen=True)

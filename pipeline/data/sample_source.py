@@ -18,6 +18,7 @@ from pipeline.data import storage
 from pipeline.data.index.captions import decode_text, read_json_member
 from pipeline.data.index.manifest import Manifest
 from pipeline.data.indexing import Indexer, open_storage
+from pipeline.data.library import integer
 from pipeline.data.loader.bad_samples import Event
 from pipeline.data.loader.members import MemberReader
 from pipeline.data.loader.reader import Record
@@ -106,7 +107,7 @@ class SampleSource:
 
         Raises:
             DataError: no shard matches, shards cannot be used, or there are fewer samples than in a global batch.
-            ConfigError: sizes that do not divide.
+            ConfigError: sizes that do not divide, or are no integers.
         """
         if decode is not None and decode not in _DECODERS:
             raise ConfigError(
@@ -114,6 +115,7 @@ class SampleSource:
                 where="decode",
                 hint=f"Choose one of {', '.join(_DECODERS)}, or None for bytes",
             )
+        global_batch_size, seed = integer("global_batch_size", global_batch_size, 1), integer("seed", seed)
         config = _Settings(settings)
         manifest, sources = Indexer(config).training_set(tuple(require))
         order = Order(manifest.sizes, seed, global_batch_size, settings.canonical_streams, settings.shuffle_block_size, sources)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from pipeline.data.library import Position, Ranks, State, Units, check_state
+from pipeline.data.library import Position, Ranks, State, Units, check_state, integer
 from pipeline.data.loader.bad_samples import BadSamples
 from pipeline.data.loader.prefetch import Prefetcher
 from pipeline.data.loops import Loops, Origin
@@ -166,10 +166,9 @@ class ShardDataset(IterableDataset[Any]):
         """Lets the next loop start at a step.
 
         Raises:
-            ConfigError: a negative step.
+            ConfigError: a step that is negative or no integer.
         """
-        if step < 0:
-            raise ConfigError(f"step {step} is negative", where="step", hint="Use 0 for the first step")
+        step = integer("step", step)
         self._set(Position(step * self.source.order.global_batch))
 
     def state_dict(self) -> State:

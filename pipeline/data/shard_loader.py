@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from pipeline.data.library import integer
 from pipeline.data.loader.bad_samples import Event
 from pipeline.data.resumable import ResumableLoader
 from pipeline.errors import FoveaError
@@ -52,6 +53,7 @@ class ShardLoader(ResumableLoader):
         multiprocessing_context: str | None = None,
     ) -> None:
         self.dataset = dataset
+        num_workers = integer("num_workers", num_workers)
         self.num_workers, self.prefetch_factor, self.pin_memory = num_workers, prefetch_factor, pin_memory
         self.collate_fn = collate_fn or default_collate
         self._context = multiprocessing_context

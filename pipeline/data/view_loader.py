@@ -11,7 +11,7 @@ import torch
 
 from pipeline.data.augment.dali import Hue
 from pipeline.data.augment.views import Batch, TextSpec, ViewSpec
-from pipeline.data.library import Units
+from pipeline.data.library import Units, integer
 from pipeline.data.loader.batch_stream import BatchStream, StreamOptions
 from pipeline.data.loader.encoded_batches import StepDataset
 from pipeline.data.loader.reader import Reader
@@ -88,7 +88,8 @@ class ViewLoader(ResumableLoader):
         )
         self.views, self.text = tuple(views), text
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._workers, self._threads, self._prefetch, self._hue = num_workers, threads, prefetch, hue
+        self._workers, self._threads = integer("num_workers", num_workers), integer("threads", threads, 1)
+        self._prefetch, self._hue = integer("prefetch", prefetch), hue
 
     def __iter__(self) -> Iterator[Batch]:
         """Yields batches to the end of the epoch.

@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import tarfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -303,7 +304,7 @@ def test_random_access_moves_nothing(opened: Opener) -> None:
     assert dataset.state_dict() == before
     with pytest.raises(ConfigError, match="negative"):
         dataset.batch(-1)
-    with pytest.raises(ConfigError, match="negative"):
+    with pytest.raises(ConfigError, match="step: -1 is not an integer from 0 on"):
         dataset.seek(-1)
 
 
@@ -470,3 +471,27 @@ def test_loops_write_into_no_file_of_another_kind(tmp_path: Path) -> None:
             child.kill()
             child.wait()
     assert path.read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda shards: ShardDataset(shards, global_batch_size="8").source,
+        lambda shards: ShardDataset(shards, global_batch_size=8.0).source,
+        lambda shards: ShardDataset(shards, global_batch_size=0).source,
+        lambda shards: ShardDataset(shards, global_batch_size=8, seed=-1).source,
+        lambda shards: ShardDataset(shards, global_batch_size=8, seed=1 << 63).source,
+        lambda shards: ShardDataset(shards, global_batch_size=8).seek("3"),
+        lambda shards: ShardDataset(shards, global_batch_size=8).seek(-1),
+        lambda shards: ShardDataset(shards, global_batch_size=8).loader(num_workers=-1),
+        lambda shards: ShardDataset(shards, global_batch_size=8).loader(num_workers=None),
+    ],
+)
+def test_numbers_that_are_none_are_refused_by_name(make: Callable[[str], Any], folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"(global_batch_size|seed|step|num_workers): .* is not an integer from [01] on"):
+        make(str(folder / "a-*.tar"))
+
+
+def test_numpy_integers_are_integers(folder: Path) -> None:
+    dataset = ShardDataset(str(folder / "a-*.tar"), global_batch_size=np.int32(8), seed=np.uint8(3))
+    assert dataset.source.order.global_batch == 8
