@@ -24,6 +24,7 @@ from pipeline.untrusted import open_regular
 
 CATALOG = "catalog.jsonl"
 _LINE = 1 << 20  # maximum size of a line, bytes
+_READ = 256 << 20  # bytes that are read of a catalog; the manifests of later lines are read instead
 _SPARE = 64  # lines of deleted checkpoints beyond which the file is rewritten
 
 
@@ -165,7 +166,7 @@ def _read(path: Path) -> dict[str, tuple[tuple[int, int], Row]]:
     known: dict[str, tuple[tuple[int, int], Row]] = {}
     try:
         with os.fdopen(open_regular(path), "rb") as file:
-            while line := file.readline(_LINE):
+            while file.tell() < _READ and (line := file.readline(_LINE)):
                 if (entry := _parse(line)) is not None:
                     known[entry[1].name] = entry
     except (OSError, FoveaError):

@@ -77,6 +77,20 @@ def test_any_line_is_ignored_or_usable(tmp_path: Path, field: str, value: Any, d
     assert latest(folder) is not None
 
 
+def test_of_a_catalog_without_end_only_so_much_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unread: list[str]
+) -> None:
+    folder = folder_of(tmp_path)
+    expected, size = rows(folder), (folder / CATALOG).stat().st_size
+    with (folder / CATALOG).open("r+b") as file:
+        file.truncate(1 << 40)
+    monkeypatch.setattr(catalog, "_READ", size + (4 << 20))
+    unread.clear()
+    assert rows(folder) == expected and unread == []
+    monkeypatch.setattr(catalog, "_READ", size // 2)
+    assert rows(folder) == expected and 0 < len(unread) < 5
+
+
 def test_a_fifo_or_a_link_as_catalog_is_not_read(tmp_path: Path, unread: list[str]) -> None:
     folder = folder_of(tmp_path, 2)
     (folder / CATALOG).unlink()
