@@ -19,6 +19,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -244,11 +245,9 @@ class Engine:
     @torch.no_grad()
     def _move_to_start(self, step: Step, applied: Tensor | None) -> None:
         """Move the tower's masters towards their starts, before the optimizer's own update, as AdamW's weight decay."""
-        assert self.method.start is not None
-        starts: dict[str, Any] = {f"backbone.{name}": p for name, p in self.method.start["backbone"].named_parameters()}
         rates = {name: step.lr_of(group) for group in self._groups for name in group.names}
         for _, f in self.layout.held():
-            if (start := starts.get(f.name)) is None:
+            if (start := self._starts.get(f.name)) is None:
                 continue
             if self.options.zero == 3:
                 own = start.ds_tensor.view(-1).narrow(0, 0, f.master.numel())
@@ -256,6 +255,12 @@ class Engine:
                 own = start.detach().view(-1).narrow(0, f.start, f.master.numel())
             share = rates[f.name] * self.options.l2_to_start
             f.master.lerp_(own.to(f.master), share if applied is None else (share * applied).to(f.master))
+
+    @cached_property
+    def _starts(self) -> dict[str, Any]:
+        """Parameters of the tower as it was at the start, by the names of those that are trained."""
+        assert self.method.start is not None
+        return {f"backbone.{name}": p for name, p in self.method.start["backbone"].named_parameters()}
 
     def _squares(self) -> Tensor:
         """Squared norms of this rank's share of the gradients, fp64 ``[n]``: per network, or per parameter with
