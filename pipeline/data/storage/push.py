@@ -162,19 +162,23 @@ class Sender:
             DataError: another object has its name, or it did not arrive as it is; the object is then removed.
             StorageUnavailable: storage did not answer within ``outage_timeout``.
         """
+        return self._one(path)[0]
+
+    def _one(self, path: Path) -> tuple[Entry, bool]:
+        """The file's entry, and whether it had to be sent."""
         url = f"{self._target}{path.name}"
         own = self._digest(path)
         try:
             about = self._remote.stat(url)
             if same(self._remote, own, about, self._listing):
-                return self._note(path.name, own, about.tag, sent=False)
+                return self._note(path.name, own, about.tag, sent=False), False
         except ShardNotFound:
             pass
         else:
             if not self._overwrite:
                 raise DataError("exists with other content", where=url, hint="Choose another folder, or add --overwrite")
         tag = self._verify(path.name, url, own, self._remote.put(path, url))
-        return self._note(path.name, own, tag, sent=True)
+        return self._note(path.name, own, tag, sent=True), True
 
     def finish(self) -> None:
         """Writes the listing, with the files of earlier calls that are still there."""
@@ -188,7 +192,7 @@ class Sender:
         if self._away.is_set():
             return ""
         try:
-            self.one(path)
+            _, sent = self._one(path)
         except StorageUnavailable:
             self._away.set()
             raise
@@ -196,7 +200,7 @@ class Sender:
             with self._lock:
                 self.transfer.failed.append((path.name, error))
             return f"failed ({printable(error.what)})"
-        return "sent" if path.name in self.transfer.sent else "equal already"
+        return "sent" if sent else "equal already"
 
     def _digest(self, path: Path) -> Digest:
         try:
