@@ -36,7 +36,7 @@ class ShardDataset(IterableDataset[Any]):
         global_batch_size: samples of a step over all ranks. The order depends on it, so it stays the same for a run.
         seed: seed of the order, of substitutes and of captions.
         batch_size: samples of a batch on one rank; ``None`` for its whole part of a step. A DataLoader with several workers must
-            be origin the same, which :attr:`batch_size` returns.
+            be given the same, which :attr:`batch_size` returns.
         decode: ``None``: members are bytes. ``pil``, ``rgb8`` (uint8 array ``[height, width, 3]``) or ``torchrgb8`` (uint8 tensor
             ``[3, height, width]``): images are decoded by Pillow, ``cls`` is an int, ``txt`` a string and ``json`` an object;
             other members stay bytes.
