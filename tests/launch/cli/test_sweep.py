@@ -15,30 +15,15 @@ import pytest
 from launch.cli.main import main
 from launch.sweep.state import find, score_at
 from pipeline.checkpoint import files as saved
-from pipeline.data.pack import synthetic as scenes
 from pipeline.runtime.run_directory import RunDirectory
+from tests.helpers import small_runs
 from tests.helpers.limits import deadline
 from tests.helpers.runs import ROOT, environment
-
-CONFIG = """
-run: {name: toy}
-method: {name: simclr, views: {global_size: 16}, head_hidden: 16, head_out: 8}
-model: {embed_dim: 16, depth: 1, num_heads: 2, patch_size: 8, layer_scale: null}
-data: {shards: none.tar, num_workers: 0, canonical_streams: 4, shuffle_block_size: 64}
-schedule: {lr: {peak: 1e-2, warmup: 2 steps}}
-train: {global_batch_size: 8, duration: 12 steps, precision: fp32, threads: 1, log_every: 4}
-checkpoint: {every: 2 steps, keep_last: 9}
-evaluation: {log_images: false, knn: {enabled: true, every: 12 steps, k: [3], baselines: false}}
-launch: {num_processes: 1}
-"""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("sweep")
-    scenes.write(path / "scenes", train=48, val=20, size=32, seed=3)
-    (path / "toy.yaml").write_text(CONFIG)
-    return path
+    return small_runs.make(tmp_path_factory.mktemp("sweep"))
 
 
 @pytest.fixture(autouse=True)
@@ -47,8 +32,7 @@ def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def words(folder: Path, name: str, *more: str) -> list[str]:
-    places = [f"data.shards={folder}/scenes/*train-*.tar", f"data.index={folder / 'index'}"]
-    return ["sweep", str(folder / "toy.yaml"), *places, *more, "--directory", str(folder / name)]
+    return ["sweep", *small_runs.words(folder), "evaluation.knn.baselines=false", *more, "--directory", str(folder / name)]
 
 
 def call(*arguments: str) -> int:
