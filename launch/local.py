@@ -26,10 +26,11 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from launch.forked import ForkedRank, RankServer, ServerGone
 from launch.rank_environment import RankEnvironment
 from pipeline.errors import LaunchError
 from pipeline.masking import printable
-from pipeline.runtime.interpreter import safe_environment
+from pipeline.runtime.interpreter import module_argv, safe_environment
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -45,7 +46,7 @@ _HEAD = (
 @dataclass
 class _Rank:
     number: int
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | ForkedRank
     log: Path | None
     code: int | None = None
 
@@ -78,6 +79,9 @@ def start(
     environment: Mapping[str, str] | None = None,
     threads: int | None = None,
     grace: float = 10.0,
+    kill_on_signal: bool = False,
+    server: RankServer | None = None,
+    received: list[int] | None = None,
 ) -> int:
     """Run ``ranks`` copies of a program and return when all have exited.
 
@@ -89,6 +93,9 @@ def start(
         threads: compute threads per rank (``OMP_NUM_THREADS``); by default the cores are divided among the ranks, unless the
             variable is set.
         grace: seconds that the other ranks get to exit after one failed, and again after SIGTERM.
+        kill_on_signal: give the other ranks no time after one was ended by a signal.
+        server: forks the ranks; if there is none, or it cannot be used, they are started without it.
+        received: the signals that were forwarded are added to it; those that it holds already are forwarded first.
 
     Returns:
         0 if every rank returned 0; else the code of the rank that failed first, 128 + n if it was ended by signal n.
@@ -98,10 +105,7 @@ def start(
     """
     if ranks < 1:
         raise LaunchError(f"cannot start {ranks} ranks", where="launch.num_processes", hint="Set it to 1 or more")
-    base = safe_environment(environment)
-    base.setdefault("OMP_NUM_THREADS", str(threads or max(1, _cores() // ranks)))
-    if threads is not None:
-        base["OMP_NUM_THREADS"] = str(threads)
+    base = common_environment(ranks, environment, threads)
     if shutil.which(argv_of_rank[0]) is None:
         raise LaunchError(
             "the ranks' program cannot be run", where=argv_of_rank[0], hint="Check that it is installed and executable"
@@ -109,14 +113,14 @@ def start(
     port, key = free_port(), secrets.token_hex(8)
     log_directory.mkdir(parents=True, exist_ok=True)
     started: list[_Rank] = []
-    with _forwarding(started) as forward:
+    with _forwarding(started, received if received is not None else []) as forward:
         try:
             for number in range(ranks):
                 rank_environment = RankEnvironment(number, ranks, number, ranks, "127.0.0.1", port, "torchrun", key)
                 log = log_directory / f"rank-{number}.log" if number else None
-                started.append(_spawn(argv_of_rank, number, base | rank_environment.variables(), log))
+                started.append(_spawn(argv_of_rank, number, base | rank_environment.variables(), log, server))
             forward()
-            return _wait(started, grace)
+            return _wait(started, grace, kill_on_signal=kill_on_signal)
         finally:
             for rank in started:
                 if rank.process.poll() is None:
@@ -124,14 +128,28 @@ def start(
                 rank.process.wait()
 
 
+def common_environment(ranks: int, environment: Mapping[str, str] | None = None, threads: int | None = None) -> dict[str, str]:
+    """The variables of all ranks, without those of each; arguments as for :func:`start`."""
+    base = safe_environment(environment)
+    base.setdefault("OMP_NUM_THREADS", str(threads or max(1, _cores() // ranks)))
+    if threads is not None:
+        base["OMP_NUM_THREADS"] = str(threads)
+    return base
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _spawn(argv: Sequence[str], number: int, environment: Mapping[str, str], log: Path | None) -> _Rank:
+def _spawn(
+    argv: Sequence[str], number: int, environment: Mapping[str, str], log: Path | None, server: RankServer | None
+) -> _Rank:
     sink: IO[bytes] | None = log.open("ab", buffering=0) if log is not None else None
     command = tied(argv)
     try:
+        if server is not None and (module := module_argv(argv)):
+            with contextlib.suppress(ServerGone):
+                return _Rank(number, server.start(module, environment, sink), log)
         # A separate session: Ctrl-C in the terminal reaches only the launcher, which forwards it once.
         process = subprocess.Popen(
             command,
@@ -150,44 +168,69 @@ def _spawn(argv: Sequence[str], number: int, environment: Mapping[str, str], log
 
 
 @contextlib.contextmanager
-def _forwarding(ranks: list[_Rank]) -> Iterator[Callable[[], None]]:
-    """Forward signals to the ranks within the context; signals are queued until the yielded function is called.
-
-    Only the main thread may set handlers; in other threads signals are left as they are.
-    """
-    kept: list[int] = []
+def _forwarding(ranks: list[_Rank], received: list[int]) -> Iterator[Callable[[], None]]:
+    """Forward signals to the ranks within the context; signals are queued until the yielded function is called."""
     seen: Counter[int] = Counter()
     complete = False
 
-    def forward(number: int, frame: FrameType | None) -> None:
-        if not complete:
-            kept.append(number)
-            return
+    def send(number: int) -> None:
         seen[number] += 1
         for rank in ranks:
             with contextlib.suppress(ProcessLookupError):
                 rank.process.send_signal(signal.SIGKILL if seen[signal.SIGINT] > 2 else number)
 
+    def forward(number: int, frame: FrameType | None) -> None:
+        if complete:
+            received.append(number)
+            send(number)
+        else:
+            _note(received, number)
+
     def begin() -> None:
         nonlocal complete
         complete = True
-        for number in kept:
-            forward(number, None)
+        for number in tuple(received):
+            send(number)
 
-    if threading.current_thread() is not threading.main_thread():
+    with _handled(forward):
         yield begin
+
+
+def _note(received: list[int], number: int) -> None:
+    """Note a signal while there is no rank to send it to; the third SIGINT ends this process."""
+    received.append(number)
+    if number == signal.SIGINT and received.count(number) > 2:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def noted(received: list[int]) -> Iterator[None]:
+    """Add the signals that :func:`start` forwards to a list within the context, instead of ending this process.
+
+    Raises:
+        KeyboardInterrupt: by the third SIGINT, at any place.
+    """
+    with _handled(lambda number, frame: _note(received, number)):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle the signals that are forwarded; only the main thread can, in others they are left as they are."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
         return
     # An ignored SIGHUP stays ignored, here and in the ranks: with nohup the run continues without its terminal.
     heeded = [n for n in FORWARDED if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
-    before = {number: signal.signal(number, forward) for number in heeded}
+    before = {number: signal.signal(number, handler) for number in heeded}
     try:
-        yield begin
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
-def _wait(ranks: list[_Rank], grace: float) -> int:
+def _wait(ranks: list[_Rank], grace: float, *, kill_on_signal: bool) -> int:
     first: _Rank | None = None
     deadline, strength = float("inf"), 0
     while any(rank.code is None for rank in ranks):
@@ -196,6 +239,8 @@ def _wait(ranks: list[_Rank], grace: float) -> int:
                 rank.code = code if code >= 0 else 128 - code
                 if rank.code and first is None:
                     first, deadline = rank, time.monotonic() + grace
+                    if kill_on_signal and code < 0:
+                        deadline, strength = time.monotonic(), 1
         if time.monotonic() >= deadline:
             strength, deadline = strength + 1, time.monotonic() + grace
             for rank in ranks:

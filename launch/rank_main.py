@@ -10,15 +10,19 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from launch import accelerate_environment as accelerate
+from launch import host_memory
 from launch.progress import TimeLogger, progress_logger
 from launch.rank_data import agreed_inputs
 from launch.rank_environment import RankEnvironment
-from launch.resume import check_identity, choose_checkpoint, copies_of, origins
+from launch.resume import check_identity, choose_checkpoint, chosen_again, copies_of, origins
 from launch.streams import outlive_terminal
 from pipeline.checkpoint import files as saved
 from pipeline.checkpoint.files import Saved
@@ -34,6 +38,7 @@ from pipeline.runtime.interpreter import end_process
 from pipeline.runtime.run_directory import RunDirectory
 
 if TYPE_CHECKING:
+    from pipeline.checkpoint.neighbours import NodePlace
     from pipeline.data.inputs import Inputs
     from pipeline.runtime.process_group import World
     from pipeline.runtime.stop_requests import StopRequests
@@ -41,6 +46,39 @@ if TYPE_CHECKING:
 
 
 _PATIENCE = 60.0  # seconds to flush to MLflow after the run is finished
+
+
+@dataclass(frozen=True)
+class RankContext:
+    """What a rank has once it has joined the process group.
+
+    Attributes:
+        config: the settings.
+        world: the process group.
+        run: the run directory.
+        attempt: number of the attempt.
+        checkpoint: the checkpoint to start from.
+        inputs: the indexed data, if this rank has prepared them.
+        requests: stop requests.
+        watchdog: this rank's watchdog, started.
+        begin: when the rank began, seconds since 1970.
+        alone: no launcher of ours records the attempt's end.
+        snapshots: this node's folder in host memory for snapshots, if any are taken or read.
+        nodes: this rank's position among several nodes, if they keep snapshots.
+    """
+
+    config: Config
+    world: World
+    run: RunDirectory
+    attempt: int
+    checkpoint: Saved | None
+    inputs: Inputs | None
+    requests: StopRequests
+    watchdog: Watchdog
+    begin: float
+    alone: bool
+    snapshots: Path | None
+    nodes: NodePlace | None
 
 
 def be_rank(config: Config, here: RankEnvironment) -> int:
@@ -70,13 +108,24 @@ def _be_rank(config: Config, here: RankEnvironment, attempt: int | None) -> int:
     if run.config.exists():
         check_identity(config, run.settings_document(), run.config)
     first = here.rank == 0
+    if first and config.launch.restarts and "FOVEA_ATTEMPT" not in os.environ:
+        print(f"launch.restarts has no effect under {here.source}, which starts the ranks itself", file=sys.stderr)
     inputs = prepare(config, here.world_size, reuse=not first)
-    checkpoint = None
+    checkpoint, choose = None, None
     if first:  # the others start from the same one, and check their data once they agree on it
-        checkpoint, complaints = choose_checkpoint(config, run, inputs)
-        for complaint in complaints:
-            print(shown(complaint), file=sys.stderr)
-    return train(config, here, attempt, checkpoint, inputs)
+        if attempt is not None:  # an earlier attempt of this job may have gone further, in host memory
+            folder = host_memory.of_this_node(os.environ)
+            if here.local_world_size == here.world_size or folder is None:
+                checkpoint = chosen_again(config, run, inputs, folder)
+            elif host_memory.newest_step(folder) < 0:
+                checkpoint = chosen_again(config, run, inputs, None)
+            else:  # once the nodes have completed what they have
+                choose = partial(chosen_again, config, run, inputs, None)
+        else:
+            checkpoint, complaints = choose_checkpoint(config, run, inputs)
+            for complaint in complaints:
+                print(shown(complaint), file=sys.stderr)
+    return train(config, here, attempt, checkpoint, inputs, choose=choose)
 
 
 def _leave(code: int) -> None:
@@ -87,7 +136,13 @@ def _leave(code: int) -> None:
 
 
 def train(
-    config: Config, here: RankEnvironment, attempt: int | None, checkpoint: Saved | None, inputs: Inputs | None = None
+    config: Config,
+    here: RankEnvironment,
+    attempt: int | None,
+    checkpoint: Saved | None,
+    inputs: Inputs | None = None,
+    body: Callable[[RankContext], None] | None = None,
+    choose: Callable[[], Saved | None] | None = None,
 ) -> int:
     """Join the process group, build the trainer, train, and leave.
 
@@ -97,6 +152,8 @@ def train(
         attempt: number of the attempt, or ``None`` to let rank 0 count it.
         checkpoint: the checkpoint to start from.
         inputs: the indexed data, if this rank has prepared them; then the first rank's checkpoint is the one that all start from.
+        choose: chooses the checkpoint on the first rank, if no snapshot of several nodes is as new as the newest one on disk.
+        body: what is done between joining the process group and leaving it; by default a training run.
 
     Returns:
         The exit code. Errors after the rendezvous have already been reported.
@@ -140,19 +197,29 @@ def train(
             own = {"rank": here.rank, "what": str(error), "code": error.exit_code, "step": 0, **failure_fields(error)}
             claims.claim(run.logs(attempt), own)
         raise
+    snapshots, nodes = host_memory.of_this_node(os.environ), None
     chosen = [attempt, str(checkpoint.path) if checkpoint else None]
     if inputs is not None:  # no launcher of ours has chosen
+        snapshot = None
+        if snapshots is not None and world.local_size < world.size:
+            snapshot, nodes = _snapshot_of_nodes(config, world, snapshots)
+            snapshots = snapshots if nodes is not None else None
+        if choose is not None and (snapshot is None or snapshot.step < record.saved_step(run)):
+            checkpoint = choose()
+            chosen[1] = str(checkpoint.path) if checkpoint else None
         if attempt is None and here.rank == 0:
             chosen[0] = run.next_attempt()
         dist.broadcast_object_list(chosen, group=world.control)
         checkpoint = saved.read(Path(str(chosen[1]))) if chosen[1] else None
+        if snapshot is not None and (checkpoint is None or snapshot.step > checkpoint.step):
+            checkpoint = snapshot
         if attempt is None and here.rank == 0:
             run.write_settings(config)
             run.note("start", attempt=chosen[0], ranks=world.size, resumed_from=checkpoint.step if checkpoint else None)
     number = int(chosen[0] or 0)
     if world.rank == 0:
-        if "FOVEA_ATTEMPT" not in os.environ:
-            record.clear(run)  # started by hand: earlier stop requests no longer apply
+        if inputs is not None and "FOVEA_ATTEMPT" not in os.environ:
+            record.clear(run)  # started by hand: earlier requests no longer apply; our own launchers have cleared them
         requests.watch(run.path / "control", number)
     health = config.watchdog
     away = config.data.storage.outage_timeout + 60 if any("://" in pattern for pattern in config.data.patterns) else 0.0
@@ -170,7 +237,12 @@ def train(
     )
     watchdog.start()
     try:
-        _train(config, world, run, number, checkpoint, inputs, requests, watchdog, begin, alone=attempt is None)
+        act = body or _train
+        act(
+            RankContext(
+                config, world, run, number, checkpoint, inputs, requests, watchdog, begin, attempt is None, snapshots, nodes
+            )
+        )
     except Exception as error:
         return report_failure(
             error, watchdog, {"micro_batch": config.train.micro_batch_size or "all", "zero": config.train.zero_stage}
@@ -180,29 +252,31 @@ def train(
     return 0
 
 
-def _train(
-    config: Config,
-    world: World,
-    run: RunDirectory,
-    number: int,
-    checkpoint: Saved | None,
-    inputs: Inputs | None,
-    requests: StopRequests,
-    watchdog: Watchdog,
-    begin: float,
-    *,
-    alone: bool,
-) -> None:
-    """From joining the process group to leaving it; ``alone`` if no launcher of ours records the attempt's end."""
+def _snapshot_of_nodes(config: Config, world: World, folder: Path) -> tuple[Saved | None, NodePlace | None]:
+    """The newest snapshot that several nodes have together, and this rank's position; ``None`` for nodes that take none."""
+    from pipeline.checkpoint.neighbours import newest_anywhere, nodes_of
+
+    nodes = nodes_of(world, config.launch.timeout)
+    if nodes is None:
+        if world.rank == 0:
+            print("no snapshots are taken: the ranks are not numbered node by node, equally many on each", file=sys.stderr)
+        return None, None
+    return newest_anywhere(folder, nodes), nodes
+
+
+def _train(rank: RankContext) -> None:
+    """From joining the process group to leaving it."""
     from pipeline.checkpoint.mirror import Copies
     from pipeline.checkpoint.retention import Retention
     from pipeline.data.indexing import open_storage
+    from pipeline.data.selections.file import describe
     from pipeline.runtime import process_group as distributed
     from pipeline.runtime.stop_requests import Stop
     from pipeline.tracking import Journal, JournalShipper, described, destination_of, remember, shippers
     from pipeline.training.build import assemble
 
-    show = progress_logger(world.rank, config.train.global_batch_size, run.logs(number) / "rank-0.log" if alone else None)
+    config, world, run, number, checkpoint = rank.config, rank.world, rank.run, rank.attempt, rank.checkpoint
+    show = progress_logger(world.rank, config.train.global_batch_size, run.logs(number) / "rank-0.log" if rank.alone else None)
     journal = None
     trackers: list[JournalShipper] = []
     tracked = ""
@@ -232,7 +306,7 @@ def _train(
         )
         for tracker in trackers:
             tracker.start()
-    inputs = agreed_inputs(config, world, inputs)
+    inputs = agreed_inputs(config, world, rank.inputs)
     if journal is not None:
         journal.tags({"fovea.data": inputs.train.fingerprint, "fovea.data_samples": inputs.train.total})
     mirror = copies_of(config)
@@ -257,11 +331,14 @@ def _train(
             "fovea": version("fovea"),
             "origins": origins(checkpoint, config),
         },
-        requests=requests,
+        requests=rank.requests,
         journal=journal,
         logger=show,
-        watchdog=watchdog,
+        watchdog=rank.watchdog,
         copies=copies,
+        snapshots=rank.snapshots,
+        last_start=host_memory.LAST_START in os.environ,
+        nodes=rank.nodes,
     )
     if world.rank == 0:
         total, batch = trainer.plan.steps, config.train.global_batch_size
@@ -269,9 +346,9 @@ def _train(
         start = f"resuming at step {trainer.progress.step}" if checkpoint else "starting"
         show.log(
             f"{start} · attempt {number} · {world.size} ranks on {world.device.type} · {parameters / 1e6:.1f} M parameters · "
-            f"{inputs.train.total} samples · {total} steps of {batch} · {time.time() - begin:.0f} s to start{tracked}"
+            f"{inputs.train.total} samples · {total} steps of {batch} · {time.time() - rank.begin:.0f} s to start{tracked}"
         )
-        run.write("plan.json", {"steps": total})
+        run.write("plan.json", {"steps": total, "selection": describe(config.data.selection_files)})
         run.note("training", attempt=number, step=trainer.progress.step)
         trainer.logger = time_logger = TimeLogger(show, run.logs(number) / "train_seconds.json", lambda: trainer.progress.seconds)
         time_logger.note(trainer.progress.step)
@@ -294,9 +371,9 @@ def _train(
             "seconds": trainer.progress.seconds,
             "data": trainer.data_counts,
         }
-        for rank in range(world.size):
-            if run.bad_samples(rank).exists():
-                journal.artifact(run.bad_samples(rank).resolve())
+        for each in range(world.size):
+            if run.bad_samples(each).exists():
+                journal.artifact(run.bad_samples(each).resolve())
         journal.close()
         run.write("outcome.json", outcome)
         if finished:
@@ -315,7 +392,7 @@ def _train(
                 else "the next attempt sends the rest"
             )
             show.log(f"{' and '.join(behind)} has not taken everything yet; {rest}")
-        if alone:
+        if rank.alone:
             run.note("end", attempt=number, code=0)
     trainer.engine.close()
     distributed.leave()
@@ -336,8 +413,8 @@ def _scores(scores: dict[str, float]) -> str:
     return "".join(f", {name} {value:.3f}" for name, value in last.items())
 
 
-def main() -> int:
-    """Entry of ``python -m launch.rank_main``."""
+def main(body: Callable[[RankContext], None] | None = None) -> int:
+    """Entry of ``python -m launch.rank_main``; for ``body`` see :func:`train`."""
     from launch.streams import open_streams
     from launch.terminal import clean_logs
 
@@ -347,7 +424,7 @@ def main() -> int:
     config = Config.model_validate(json.loads(Path(config_path).read_text()))
     start = saved.read(Path(checkpoint)) if checkpoint != "-" else None
     try:
-        return train(config, RankEnvironment.read(), int(attempt), start)
+        return train(config, RankEnvironment.read(), int(attempt), start, body=body)
     except FoveaError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
@@ -362,8 +439,12 @@ def main() -> int:
         return 1
 
 
-if __name__ == "__main__":
-    code = main()
+def leave(code: int) -> NoReturn:
+    """End this rank's process with the code of :func:`main`."""
     if code:
         _leave(code)
     end_process(code)
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pipeline.config.schema import Config
 from pipeline.data.indexing import open_storage
 from pipeline.data.inputs import Inputs
 from pipeline.errors import CheckpointError
+from pipeline.masking import shown
 from pipeline.runtime.run_directory import RunDirectory
 
 
@@ -104,3 +106,48 @@ def choose_checkpoint(config: Config, run: RunDirectory, inputs: Inputs) -> tupl
         if accepted := check_data(checkpoint, inputs, allow=config.checkpoint.allow_data_change):
             complaints.append(accepted)
     return checkpoint, complaints
+
+
+def continuing(config: Config) -> Config:
+    """The settings of a start that continues what this launch or job has begun: ``never`` was obeyed when it began, and a
+    mirrored copy would be that of another run of this name.
+    """
+    if config.checkpoint.resume != "never":
+        return config
+    return config.replace(checkpoint=config.checkpoint.model_copy(update={"resume": "auto", "mirror": None}))
+
+
+def newest_snapshot(snapshots: Path | None) -> Saved | None:
+    """The newest complete snapshot in host memory; what is damaged is reported.
+
+    Args:
+        snapshots: the run's folder in host memory, empty when the job or launch began; ``None`` for none.
+    """
+    if snapshots is None:
+        return None
+    try:
+        snapshot, complaints = selection.newest(snapshots)
+    except CheckpointError as error:
+        snapshot, complaints = None, [str(error)]
+    for complaint in complaints:
+        print(shown(complaint), file=sys.stderr)
+    return snapshot
+
+
+def chosen_again(config: Config, run: RunDirectory, inputs: Inputs, snapshots: Path | None) -> Saved | None:
+    """What ranks start from that are started again within a launch or job: of what this run has written, the newest.
+
+    A checkpoint on disk is verified only if no snapshot has as many steps.
+
+    Raises:
+        CheckpointError: as :func:`choose_checkpoint`.
+    """
+    snapshot = newest_snapshot(snapshots)
+    written = catalog.rows(run.checkpoints)
+    if snapshot is not None and (not written or snapshot.step >= written[-1].step):
+        return snapshot
+    checkpoint, complaints = choose_checkpoint(continuing(config), run, inputs)
+    for complaint in complaints:
+        print(shown(complaint), file=sys.stderr)
+    further = snapshot is not None and (checkpoint is None or snapshot.step > checkpoint.step)
+    return snapshot if further else checkpoint

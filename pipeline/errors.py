@@ -83,6 +83,22 @@ class NonFiniteError(TrainingError):
     cause = "nonfinite"
 
 
+class CorruptionError(TrainingError):
+    """A step that was not the same when it was done again: memory or an accelerator of a machine is at fault.
+
+    Attributes:
+        node: the machine, empty if it could be several.
+        rank: the rank, ``None`` if it could be several.
+    """
+
+    retryable = True
+    cause = "node"
+
+    def __init__(self, what: str, *, where: str = "", hint: str = "", node: str = "", rank: int | None = None) -> None:
+        super().__init__(what, where=where, hint=hint)
+        self.node, self.rank = node, rank
+
+
 class SystemFault(FoveaError):
     """An operation that the operating system refused: disk full, directory not writable, name too long."""
 
@@ -137,15 +153,18 @@ def of_system(error: OSError) -> FoveaError | None:
 
 
 def failure_fields(error: BaseException) -> dict[str, Any]:
-    """Returns the entries of a failure record for an exception: ``kind`` for display, ``retryable`` and ``cause`` for decisions.
+    """Returns the entries of a failure record for an exception: ``kind`` for display, ``retryable`` and ``cause`` for decisions,
+    and ``node``, if another machine than this one is at fault.
 
     Anything but a :class:`FoveaError` and a full disk counts as a crash, which the node may have caused.
     """
     known = error if isinstance(error, FoveaError) else None
     if isinstance(error, OSError) and error.errno in _FULL:
         return {"kind": type(error).__name__, "retryable": True, "cause": DiskFullError.cause}
-    return {
+    fields = {
         "kind": type(error).__name__,
         "retryable": known.retryable if known else True,
         "cause": known.cause if known else "crash",
     }
+    # Any rank may report it first: what counts is the machine that is at fault.
+    return fields | {"node": error.node} if isinstance(error, CorruptionError) else fields

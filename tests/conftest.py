@@ -13,6 +13,7 @@ import pytest
 
 from tests.helpers import warm
 from tests.helpers.costs import free_memory, longest_first, pytest_runtest_protocol  # noqa: F401  - a hook
+from tests.helpers.limits import HANGS, hang_limit
 from tests.helpers.shared import made_once
 
 # Four test processes on two cores are slower with four threads each than with one.
@@ -31,6 +32,20 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Processes that tests start come from a server that has imported the heavy packages.
 sys.executable = warm.prepare() or sys.executable
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Iterator[None]:
+    """A fixture that hangs fails its test, instead of the whole run when its time is over."""
+    with hang_limit(HANGS):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """Likewise a test."""
+    with hang_limit(HANGS):
+        return (yield)
 
 
 @pytest.hookimpl(trylast=True)

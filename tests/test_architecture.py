@@ -25,6 +25,7 @@ ROOMS = (
     "pipeline.losses",
     "pipeline.models",
     "pipeline.data.storage",
+    "pipeline.data.formats",
     "pipeline.data.index",
     "pipeline.data.order",
     "pipeline.data.augment",
@@ -330,3 +331,9 @@ def test_no_user_mistake_is_caught_by_a_bare_except() -> None:
         if isinstance(node, ast.ExceptHandler) and node.type is None
     ]
     assert not wrong
+
+
+def test_no_test_is_left_out_for_a_library_that_the_tests_need() -> None:
+    name = "importor" + "skip"
+    wrong = [path.relative_to(ROOT) for path in (ROOT / "tests").rglob("*.py") if name in path.read_text(encoding="utf-8")]
+    assert not wrong, f"import it: extra `test` of pyproject.toml installs it: {wrong}"

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from launch.cli.main import main
 from pipeline.data.pack import synthetic as scenes
 from pipeline.tracking.journal import read
+from tests.helpers.commands import fovea
 from tests.helpers.runs import TOY, recorded, train, weights
 
 pytestmark = pytest.mark.slow
@@ -33,12 +33,6 @@ EVERYTHING = [
     "evaluation.robustness={enabled: true, every: 4 steps, epochs: 1, k: 3}",
     "evaluation.knn.every=2 steps",
 ]
-
-
-def command(*words: str) -> int:
-    with pytest.raises(SystemExit) as left:
-        main(list(words))
-    return int(left.value.code or 0)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +120,7 @@ def test_eval_has_the_scores_of_training(runs: tuple[Path, Path], tmp_path: Path
     evaluated = runs[0]
     out = tmp_path / "scores.json"
     flags = ["--knn", "--linear", "--logistic", "--retrieval", "--zeroshot", str(evaluated.parent / "classes.txt")]
-    assert command("eval", str(evaluated), *flags, "--output", str(out), "launch.backend=gloo") == 0
+    assert fovea("eval", str(evaluated), *flags, "--output", str(out), "launch.backend=gloo") == 0
     found: dict[str, float] = json.loads(out.read_text())["scores"]
     expected = scored(evaluated)
     for name in ("knn/k3", "linear/top1", "logistic/top1", "retrieval/text_to_image/recall@5", "zeroshot/mean_per_class"):
@@ -138,11 +132,11 @@ def test_watching_evaluates_every_checkpoint_once_and_ends_with_the_run(
 ) -> None:
     plain = runs[1]
     words = ["eval", str(plain), "--knn", "--watch", f"evaluation.knn.val_shards={plain.parent}/scenes/*val-*.tar"]
-    assert command(*words) == 0
+    assert fovea(*words) == 0
     found = {file.stem: json.loads(file.read_text()) for file in (plain / "evaluations").glob("*.json")}
     assert {name: row["step"] for name, row in found.items()} == {"step_000000003": 3, "step_000000006": 6}
     capsys.readouterr()
-    assert command(*words) == 0
+    assert fovea(*words) == 0
     assert "Scores of" not in capsys.readouterr().out
 
 
@@ -150,14 +144,14 @@ def test_watching_evaluates_every_checkpoint_once_and_ends_with_the_run(
 def test_an_export_scores_as_its_run_does(runs: tuple[Path, Path], layout: str, tmp_path: Path) -> None:
     evaluated = runs[0]
     folder, out = tmp_path / layout, tmp_path / "scores.json"
-    assert command("export", str(evaluated), "--to", layout, "--out", str(folder)) == 0
+    assert fovea("export", str(evaluated), "--to", layout, "--out", str(folder)) == 0
     shards = [
         f"data.shards={evaluated.parent}/scenes/*train-*.tar",
         f"evaluation.knn.val_shards={evaluated.parent}/scenes/*val-*.tar",
     ]
     flags = ["--retrieval"] if layout == "open_clip" else ["--knn", "--logistic"]
     settings = ["evaluation.knn.k=[3]", "evaluation.logistic.C=[1.0]", "launch.backend=gloo"]
-    assert command("eval", str(folder), *flags, "--output", str(out), *shards, *settings) == 0
+    assert fovea("eval", str(folder), *flags, "--output", str(out), *shards, *settings) == 0
     found: dict[str, Any] = json.loads(out.read_text())["scores"]
     expected = scored(evaluated)
     assert found and all(value == pytest.approx(expected[name][6], abs=1e-6) for name, value in found.items())
@@ -165,7 +159,7 @@ def test_an_export_scores_as_its_run_does(runs: tuple[Path, Path], layout: str, 
 
 def test_the_report_holds_both_runs_and_fetches_nothing(runs: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "page" / "report.html"
-    assert command("report", *map(str, runs), "--out", str(out)) == 0
+    assert fovea("report", *map(str, runs), "--out", str(out)) == 0
     page = out.read_text()
     assert page.count("<svg") >= 5
     bare = page.replace("http://www.w3.org", "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from pipeline.data.pack import synthetic as scenes
 from pipeline.errors import CheckpointWriteError, failure_fields
 from pipeline.tracking.journal import read
+from tests.helpers import small_disk
 from tests.helpers.cluster_runs import until
 from tests.helpers.runs import ROOT, TOY, command, environment, train, weights
 
@@ -24,11 +24,10 @@ def small(tmp_path: Path) -> Iterator[Path]:
     """A disk of 16 MB."""
     folder = tmp_path / "small"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
-    if os.getuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
+    if not small_disk.mounted(folder, "16m"):
         pytest.skip("no file system can be mounted")
     yield folder
-    until(lambda: not subprocess.run(["umount", str(folder)], check=False, capture_output=True).returncode, "it is in use")
+    small_disk.unmount(folder)
 
 
 def fill(path: Path) -> None:

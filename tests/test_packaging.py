@@ -46,7 +46,7 @@ def test_the_tests_install_every_extra() -> None:
 
 def test_training_needs_no_extra() -> None:
     """What only benchmarks, exports or Parquet tables import is not imported by any other room."""
-    only = {"torchvision": ("pipeline/bench/",), "pyarrow": ("pipeline/data/pack/tables.py",)}
+    only = {"torchvision": ("pipeline/bench/",), "pyarrow": ("pipeline/data/storage/parquet.py",)}
     only |= dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), ("pipeline/weights/export/",))
     for path in (file for room in ("pipeline", "launch") for file in (ROOT / room).rglob("*.py")):
         names = re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.MULTILINE)

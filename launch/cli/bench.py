@@ -54,6 +54,7 @@ def data(
     workers: Annotated[int, typer.Option(min=0, help="Worker processes of torchvision's DataLoader.")] = 0,
     world: Annotated[int, typer.Option(min=1, help="World size to simulate; the first rank is measured.")] = 1,
     device: Annotated[Device, typer.Option(help="cuda measures images per second on the GPU.")] = Device.CPU,
+    before: Annotated[Path | None, typer.Option(help="Checkout of an earlier version to compare with, and nothing else.")] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="One round of at most 64 images, as a smoke test.")] = False,
     out: Out = None,
 ) -> None:
@@ -70,13 +71,19 @@ def data(
     if smoke:
         images, rounds = min(images, 64), 1
     options = Options(tuple(shards or ()), photos, images, rounds, batch, threads, workers, world)
+    if before is not None:
+        from pipeline.bench import data_versions
+
+        compared = data_versions.measure(options, before.absolute(), log=log)
+        save("data-versions-cpu", out, partial(data_versions.markdown, compared), asdict(compared))
+        return
     if _available(device) == Device.CUDA:
         from pipeline.bench.gpu import measure as measure_gpu
 
         result = measure_gpu(options, log=log)
     else:
         result = measure(options, log=log)
-    _save(f"data-{device}", out, partial(markdown, result), asdict(result))
+    save(f"data-{device}", out, partial(markdown, result), asdict(result))
 
 
 @app.command()
@@ -102,7 +109,7 @@ def checkpoint(
 
     options = Options(model, batch, side, prototypes, saves, _available(device), directory)
     result = measure(options, log=log)
-    _save(f"checkpoint-{device}", out, partial(markdown, result, options), {"options": asdict(options), **asdict(result)})
+    save(f"checkpoint-{device}", out, partial(markdown, result, options), {"options": asdict(options), **asdict(result)})
 
 
 @app.command()
@@ -125,7 +132,7 @@ def scale(
 
     options = replace(Options.smoke() if smoke else Options(), before=before and before.resolve())
     curves = measure(options, log=log)
-    _save(
+    save(
         "scale",
         out,
         lambda machine, command: markdown(curves, options, machine, command),
@@ -153,7 +160,7 @@ def flops(
     for name in names or _FLOPS:
         log(f"counting {name}")
         costs.append(cost(name, load(name, ["data.shards=none.tar"]).config))
-    _save("flops", out, partial(markdown, costs), {"costs": [asdict(one) for one in costs]})
+    save("flops", out, partial(markdown, costs), {"costs": [asdict(one) for one in costs]})
 
 
 @app.command()
@@ -183,7 +190,7 @@ def prototype_loss(
     sizes: dict[str, Any] = {"samples": samples, "masked": masked, "rows": rows, "rounds": rounds}
     options = Options(prototypes, **sizes, device=_available(device), bf16=low)
     result = measure(options, log=log)
-    _save("prototype-loss", out, partial(markdown, result, options), asdict(result))
+    save("prototype-loss", out, partial(markdown, result, options), asdict(result))
 
 
 @app.command()
@@ -223,7 +230,7 @@ def step(
     modes: dict[str, Any] = {"compiled": compiled, "graphs": graphs, "device": _available(device), "bf16": bf16}
     options = Options(method, model or _STEP_MODELS[method], **sizes, **modes)
     result = measure(options, log=log)
-    _save(f"step-{method}", out, partial(markdown, result, options), asdict(result))
+    save(f"step-{method}", out, partial(markdown, result, options), asdict(result))
 
 
 @app.command()
@@ -245,7 +252,7 @@ def collectives(
     options = Options(width, depth, ranks, accumulation)
     stages = measure(options, log=log)
     document = {"options": asdict(options), "stages": [asdict(one) for one in stages]}
-    _save("collectives", out, partial(markdown, stages, options), document)
+    save("collectives", out, partial(markdown, stages, options), document)
 
 
 @app.command()
@@ -264,7 +271,46 @@ def trainer_overhead(
 
     options = Options(steps, log_every)
     result = measure(options, log=log)
-    _save("trainer-overhead", out, partial(markdown, result, options), asdict(result))
+    save("trainer-overhead", out, partial(markdown, result, options), asdict(result))
+
+
+@app.command()
+def signatures(
+    steps: Annotated[int, typer.Option(min=2, help="Measured steps.")] = 40,
+    batch: Annotated[int, typer.Option(min=2, help="Samples per step.")] = 64,
+    every: Annotated[int, typer.Option(min=1, help="Steps between two checkpoints.")] = 20,
+    out: Out = None,
+) -> None:
+    """Measure what the signatures of steps cost in a real small training: time beside that of the step, and bytes.
+
+    [b]Example[/b]
+
+    fovea bench signatures
+    """
+    from pipeline.bench.signatures import Options, markdown, measure
+
+    options = Options(steps, batch, every)
+    result = measure(options, log=log)
+    save("signatures", out, partial(markdown, result, options), asdict(result))
+
+
+@app.command()
+def verification(
+    steps: Annotated[int, typer.Option(min=4, help="Measured steps, of which every second one is verified.")] = 40,
+    batch: Annotated[int, typer.Option(min=2, help="Samples per step.")] = 64,
+    out: Out = None,
+) -> None:
+    """Measure what a step costs that is done twice to find silent corruption (train.verify_every), in a real small training.
+
+    [b]Example[/b]
+
+    fovea bench verification
+    """
+    from pipeline.bench.verification import Options, markdown, measure
+
+    options = Options(steps, batch)
+    result = measure(options, log=log)
+    save("verification", out, partial(markdown, result, options), asdict(result))
 
 
 @app.command()
@@ -290,7 +336,7 @@ def recompilations(
     for row in measure(names, steps, before):
         rows.append(row)
         log(f"{row[0]}: {row[2].first} graphs in the first steps, then {row[2].later}")
-    _save("recompilations", out, partial(markdown, rows), document(rows))
+    save("recompilations", out, partial(markdown, rows), document(rows))
 
 
 @app.command()
@@ -306,7 +352,7 @@ def resume(width: Width = 512, depth: Depth = 16, rounds: Rounds = 5, out: Out =
 
     options = Options(Size(width, depth, 256), rounds)
     result = measure(options, log=log)
-    _save("resume", out, partial(markdown, result, options), asdict(result))
+    save("resume", out, partial(markdown, result, options), asdict(result))
 
 
 @app.command()
@@ -333,29 +379,7 @@ def determinism(
     options = Options(model, batch, side, prototypes, device=_available(device))
     cases = measure(options, rounds=rounds, log=log)
     document = {"cases": {name: asdict(case) for name, case in cases.items()}}
-    _save("determinism", out, partial(markdown, cases, options), document)
-
-
-@app.command()
-def loaders(
-    images: Annotated[int, typer.Option(min=4, help="Number of images; a multiple of twice the batch.")] = 512,
-    batch: Annotated[int, typer.Option(min=2, help="Samples of a step.")] = 32,
-    rounds: Rounds = 3,
-    photos: Annotated[Path | None, typer.Option(help="Folder of photographs to pack; by default synthetic scenes.")] = None,
-    smoke: Annotated[bool, typer.Option("--smoke", help="One round of 16 images, as a smoke test.")] = False,
-    out: Out = None,
-) -> None:
-    """Compare the loader as a library with webdataset, MosaicML Streaming, Hugging Face datasets and torchvision folders.
-
-    [b]Example[/b]
-
-    fovea bench loaders --photos ~/photos --images 1024
-    """
-    from pipeline.bench.loaders import Options, markdown, measure
-
-    options = Options(16, 4, 1, photos) if smoke else Options(images, batch, rounds, photos)
-    result = measure(options, log=log)
-    _save("loaders", out, partial(markdown, result, options), asdict(result))
+    save("determinism", out, partial(markdown, cases, options), document)
 
 
 # ---- all, and the table of results --------------------------------------------------------------------------------------
@@ -364,7 +388,7 @@ Benchmark = tuple[str, Callable[..., None], dict[str, Any], dict[str, Any]]  # n
 
 
 def benchmarks() -> list[Benchmark]:
-    """The benchmarks of ``all``: all but ``loaders``, whose peers need their own environment, and bench_methods.py's."""
+    """The benchmarks of ``all``: all but those of bench_methods.py."""
     tiny = {"model": VitSize.TINY, "batch": 2, "side": 32, "prototypes": 64}
     large = {"model": VitSize.SMALL, "batch": 16, "side": 224, "prototypes": 65536}
     return [
@@ -380,6 +404,8 @@ def benchmarks() -> list[Benchmark]:
         ("collectives", collectives, {}, {"width": 32, "depth": 2}),
         ("recompilations", recompilations, {}, {"methods": ["clip"], "steps": 4}),
         ("trainer-overhead", trainer_overhead, {}, {"steps": 10, "log_every": 5}),
+        ("signatures", signatures, {}, {"steps": 3, "batch": 8, "every": 3}),
+        ("verification", verification, {}, {"steps": 4, "batch": 8}),
         ("determinism", determinism, {**large, "rounds": 3}, {**tiny, "rounds": 1}),
         ("resume", resume, {}, {"width": 64, "depth": 2, "rounds": 1}),
         ("checkpoint", checkpoint, large, {**tiny, "saves": 1}),
@@ -447,7 +473,7 @@ def stem_of(name: str, out: Path | None) -> Path:
     return out or Path("bench-results") / f"{name}-{datetime.now(UTC):%Y%m%d-%H%M}"
 
 
-def _save(name: str, out: Path | None, render: Callable[[dict[str, str], str], str], document: dict[str, Any]) -> None:
+def save(name: str, out: Path | None, render: Callable[[dict[str, str], str], str], document: dict[str, Any]) -> None:
     """Print the page, and save it with all figures."""
     from pipeline.bench.report import write
 

@@ -1,4 +1,4 @@
-"""``fovea bench``: benchmarks that train for long and compare what methods learn."""
+"""``fovea bench``: benchmarks that train for long, those of runs that fail, and one whose peers need their own environment."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
-from launch.cli.bench import Out, app, command_line, log, stem_of
-from launch.cli.choices import Question, SceneShift
+from launch.cli.bench import ModelOption, Out, Prototypes, Rounds, Side, app, command_line, log, save, stem_of
+from launch.cli.choices import Question, SceneShift, VitSize
+from pipeline.bench.failures import Options as FailureOptions
 from pipeline.errors import ConfigError
+from pipeline.estimate.failures import ASSUMED
 
 __all__ = ["app"]
 
@@ -136,17 +138,227 @@ def adaptation(
     _collect("adaptation", out, runs, line, markdown, "runs", samples=samples, images=images)
 
 
-def _collect(
-    name: str, out: Path | None, runs: Iterable[Any], line: Callable[[Any], str], render: Any, key: str, **more: Any
-) -> list[Any]:
-    """Report each run as it ends and save all results so far: a killed benchmark loses only the current run."""
+@app.command()
+def curation(
+    stages: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[STAGE]...", help="duplicates, photographs, leak, balance, scale; by default all."),
+    ] = None,
+    photos: Annotated[Path | None, typer.Option(help="Folder of photographs, for the stage photographs.")] = None,
+    cifar: Annotated[Path | None, typer.Option(help="Folder of CIFAR-10's shards, for the stage leak.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Sets of scenes, with seeds from 0.")] = 3,
+    sizes: Annotated[str, typer.Option(help="Numbers of synthetic embeddings of the stage scale.")] = "100000,1000000",
+    samples: Annotated[int | None, typer.Option(min=128, help="Training samples of each network, to try it out.")] = None,
+    directory: Annotated[Path, typer.Option(help="Output directory; what is in it is used again.")] = Path("runs/bench-curation"),
+    out: Out = None,
+) -> None:
+    """Curate sets whose truth is known: planted near-duplicates, leaked evaluation images, skewed classes; memory and time.
+
+    [b]Examples[/b]
+
+    fovea bench curation --photos photos --cifar cifar10
+
+    fovea bench curation scale --sizes 100000,1000000,10000000
+    """
+    from pipeline.bench.curation import STAGES, Folders, line, markdown, measure
+
+    chosen = stages or list(STAGES)
+    for stage in chosen:
+        if stage not in STAGES:
+            raise ConfigError(f"there is no stage {stage!r}", where="STAGE", hint=f"Choose one of {', '.join(STAGES)}")
+    numbers = [int(part) for part in sizes.split(",") if part.strip().isdecimal()]
+    folders = Folders(directory.absolute(), photos and photos.absolute(), cifar and cifar.absolute())
+    results = measure(chosen, folders, seeds=range(seeds), sizes=numbers, samples=samples)
+    _collect("curation-cpu", out, results, line, markdown, "rows")
+
+
+@app.command()
+def chaos(
+    kinds: Annotated[
+        list[str] | None, typer.Argument(metavar="[KIND]...", help="Kinds of fault; by default all. --list shows them.")
+    ] = None,
+    faults: Annotated[int, typer.Option(min=1, help="Number of faults in all, equally many of each kind.")] = 220,
+    seed: Annotated[int, typer.Option(min=0, help="Decides order, moments and details of the faults.")] = 0,
+    page: Annotated[bool, typer.Option("--page", help="Write the page of the faults measured so far, and measure none.")] = False,
+    list_kinds: Annotated[bool, typer.Option("--list", help="List the kinds of fault and exit.")] = False,
+    directory: Annotated[
+        Path, typer.Option(help="Output directory; faults that it has are not repeated, so that a benchmark can be continued.")
+    ] = Path("runs/bench-chaos"),
+    out: Out = None,
+) -> None:
+    """Inject faults into real small runs, restart them as a user would, and compare their ends with an undisturbed run.
+
+    Runs in a checkout: it uses the servers of the tests (Slurm, S3, MLflow). Several kinds can be measured at the same time into
+    the same directory, each by a command of its own.
+
+    [b]Examples[/b]
+
+    fovea bench chaos --faults 220
+
+    fovea bench chaos kill-rank torn --faults 10 --seed 1
+    """
+    from pipeline.bench.chaos.catalogue import catalogue
+    from pipeline.bench.chaos.measure import ROWS, measure
+    from pipeline.bench.chaos.page import line, markdown
+    from pipeline.bench.chaos.records import read
+
+    table = catalogue()
+    if list_kinds:
+        print("\n".join(f"{name:<16}{kind.title}" for name, kind in table.items()))
+        return
+    chosen = list(dict.fromkeys(kinds or table))
+    for kind in chosen:
+        if kind not in table:
+            raise ConfigError(f"there is no kind of fault {kind!r}", where="KIND", hint=f"Choose one of {', '.join(table)}")
+    known = read(directory.absolute() / ROWS)
+    rows = measure(chosen, directory.absolute(), faults=0 if page else faults, seed=seed, log=log)
+    _collect("chaos-cpu", out, rows, line, markdown, "rows", known)
+
+
+def _seconds(text: str, least: float = 0.0) -> Any:
+    return typer.Option(min=least, max=1e9, help=text)
+
+
+@app.command()
+def kills(
+    kills: Annotated[int, typer.Option(min=1, help="Number of ranks that are killed, one after another.")] = 100,
+    ranks: Annotated[int, typer.Option(min=2, help="Number of ranks.")] = 4,
+    every: Annotated[int, typer.Option(min=1, help="Steps between two snapshots in host memory.")] = 2,
+    seed: Annotated[int, typer.Option(min=0, help="Decides moments and ranks.")] = 0,
+    directory: Annotated[Path, typer.Option(help="Output directory; its undisturbed run is used again.")] = Path(
+        "runs/bench-kills"
+    ),
+    out: Out = None,
+) -> None:
+    """Kill ranks of one run again and again, and measure how soon they are replaced (launch.restarts) and what is lost.
+
+    Runs in a checkout, like chaos.
+
+    [b]Examples[/b]
+
+    fovea bench kills
+
+    fovea bench kills --kills 5 --ranks 2
+    """
+    from pipeline.bench.chaos.kills import Options, markdown, measure
     from pipeline.bench.report import write
 
-    stem, results, page = stem_of(name, out), list[Any](), ""
+    options = Options(kills, ranks, every, seed)
+    result = measure(options, directory.absolute(), log=log)
+    stem = stem_of("kills-cpu", out)
+    print(write(stem, command_line(), partial(markdown, result, options), asdict(result)))
+    log(f"wrote {stem}.md")
+
+
+@app.command()
+def failures(
+    node_mtbf_hours: Annotated[
+        float, typer.Option(min=0.1, max=1e9, help="Mean hours between two failures of a node.")
+    ] = FailureOptions.node_hours,
+    step_seconds: Annotated[float, _seconds("Seconds of a step.", 0.001)] = FailureOptions.step,
+    pause: Annotated[float, _seconds("Pause of training for a checkpoint, seconds.")] = ASSUMED.pause,
+    background: Annotated[float, _seconds("Seconds until a checkpoint is complete, beside training.")] = ASSUMED.write,
+    restart: Annotated[float, _seconds("Seconds from a failure to the next step, from a checkpoint.")] = ASSUMED.restart,
+    snapshot_every: Annotated[
+        float, _seconds("Seconds between two snapshots in host memory; at least a step.", 0.001)
+    ] = ASSUMED.snapshot_every,
+    snapshot_pause: Annotated[float, _seconds("Pause of training for a snapshot, seconds.")] = ASSUMED.snapshot_pause,
+    repair: Annotated[float, _seconds("Seconds from a failure to the next step, from snapshots.")] = ASSUMED.repair,
+    repairable: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of failures that snapshots repair.")
+    ] = ASSUMED.repairable,
+    runs: Annotated[int, typer.Option(min=2, max=10_000, help="Simulated runs of each number.")] = FailureOptions.runs,
+    days: Annotated[float, typer.Option(min=0.01, max=1e5, help="Days of work of a run.")] = FailureOptions.days,
+    out: Out = None,
+) -> None:
+    """Simulate runs on 1 to 2048 nodes that fail: goodput and lost steps, beside the classical optimum interval of checkpoints.
+
+    [b]Examples[/b]
+
+    fovea bench failures
+
+    fovea bench failures --node-mtbf-hours 2000 --step-seconds 0.4 --pause 0.5
+    """
+    from pipeline.bench.failures import figure, markdown, measure
+    from pipeline.bench.report import write
+    from pipeline.estimate.failures import Costs
+
+    if snapshot_every < step_seconds:
+        raise ConfigError(
+            f"{snapshot_every:g} s is shorter than a step of {step_seconds:g} s",
+            where="--snapshot-every",
+            hint="Raise it: a snapshot is taken between two steps",
+        )
+    costs = Costs(pause, restart, background, snapshot_every, snapshot_pause, repair, repairable)
+    options = FailureOptions(node_mtbf_hours, step_seconds, costs, runs, days)
+    points = measure(options, log=log)
+    stem = stem_of("failures", out)
+    drawing = stem.with_name(f"{stem.name}.svg")
+    drawing.parent.mkdir(parents=True, exist_ok=True)
+    drawing.write_text(figure(points))
+    document = {"options": asdict(options), "points": [asdict(point) for point in points]}
+    print(write(stem, command_line(), partial(markdown, points, options, drawing.name), document))
+    log(f"wrote {stem}.md and {drawing}")
+
+
+@app.command()
+def snapshots(
+    model: ModelOption = VitSize.TINY,
+    batch: Annotated[int, typer.Option(min=1, help="Samples per step on each rank.")] = 8,
+    side: Side = 96,
+    prototypes: Prototypes = 4096,
+    every: Annotated[int, typer.Option(min=1, help="Steps between two snapshots, or two checkpoints.")] = 10,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each case in a round; a multiple of --every.")] = 20,
+    rounds: Rounds = 8,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks on this host, of one thread each.")] = 2,
+    directory: Annotated[Path | None, typer.Option(help="Folder on the disk of the checkpoints.")] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="One round of two steps, as a smoke test.")] = False,
+    out: Out = None,
+) -> None:
+    """Measure what snapshots in host memory cost: a step without them, with them, and with ordinary checkpoints, in turns.
+
+    [b]Examples[/b]
+
+    fovea bench snapshots
+
+    fovea bench snapshots --every 5 --steps 10 --directory /scratch
+    """
+    from launch import host_memory
+    from pipeline.bench.snapshots import Options, markdown, measure
+
+    options = Options(model, batch, side, prototypes, every, steps, rounds, ranks)
+    if smoke:
+        options = Options("tiny", 2, 32, 64, 2, 2, 1, ranks)
+    with host_memory.folder(Path("bench-snapshots")) as memory:
+        result = measure(options, memory, directory=directory, log=log)
+    save("snapshots-cpu", out, partial(markdown, result, options), {"options": asdict(options), **asdict(result)})
+
+
+def _collect(
+    name: str,
+    out: Path | None,
+    runs: Iterable[Any],
+    line: Callable[[Any], str],
+    render: Any,
+    key: str,
+    known: Iterable[Any] = (),
+    **more: Any,
+) -> list[Any]:
+    """Report each run as it ends and save all results so far: a killed benchmark loses only the current run. ``known`` are
+    results of an earlier command.
+    """
+    from pipeline.bench.report import write
+
+    stem, results = stem_of(name, out), list(known)
+
+    def save() -> str:
+        return write(stem, command_line(), partial(render, results), {**more, key: [asdict(one) for one in results]})
+
+    page = save() if results else ""
     for result in runs:
         log(line(result))
         results.append(result)
-        page = write(stem, command_line(), partial(render, results), {**more, key: [asdict(one) for one in results]})
+        page = save()
     print(page)
     log(f"wrote {stem}.md")
     return results
@@ -158,3 +370,25 @@ def _scenes(directory: Path) -> str:
 
     write(directory / "scenes", train=8000, val=1000)
     return f"{directory / 'scenes'}/*train-*.tar"
+
+
+@app.command()
+def loaders(
+    images: Annotated[int, typer.Option(min=4, help="Number of images; a multiple of twice the batch.")] = 512,
+    batch: Annotated[int, typer.Option(min=2, help="Samples of a step.")] = 32,
+    rounds: Rounds = 3,
+    photos: Annotated[Path | None, typer.Option(help="Folder of photographs to pack; by default synthetic scenes.")] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="One round of 16 images, as a smoke test.")] = False,
+    out: Out = None,
+) -> None:
+    """Compare the loader as a library with webdataset, MosaicML Streaming, Hugging Face datasets and torchvision folders.
+
+    [b]Example[/b]
+
+    fovea bench loaders --photos ~/photos --images 1024
+    """
+    from pipeline.bench.loaders import Options, markdown, measure
+
+    options = Options(16, 4, 1, photos) if smoke else Options(images, batch, rounds, photos)
+    result = measure(options, log=log)
+    save("loaders", out, partial(markdown, result, options), asdict(result))

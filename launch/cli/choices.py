@@ -1,11 +1,13 @@
-"""Values that options of the command line accept; help and completion list them. No library is imported: ``--help`` is fast."""
+"""Values that options of the command line accept; help and completion list them. Only typer is imported: ``--help`` is fast."""
 
 from __future__ import annotations
 
 import re
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import typer
 
 import pipeline
 from pipeline.errors import ConfigError
@@ -30,6 +32,35 @@ class Network(StrEnum):
     AUTO = "auto"
     TEACHER = "teacher"
     STUDENT = "student"
+
+
+class Pooling(StrEnum):
+    """Features of an image that are embedded."""
+
+    CLS = "cls"
+    MEAN = "mean"
+    PATCHES = "patches"
+
+
+class StoredType(StrEnum):
+    """Data type of stored embeddings."""
+
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+
+class BalanceMode(StrEnum):
+    """What balancing does with the samples of large clusters."""
+
+    SUBSET = "subset"
+    WEIGHTS = "weights"
+
+
+class RetrieveMode(StrEnum):
+    """Which images are retrieved."""
+
+    NEAREST = "nearest"
+    CLUSTERS = "clusters"
 
 
 class Weights(StrEnum):
@@ -62,6 +93,13 @@ class SceneShift(StrEnum):
     PALETTE = "palette"
     TEXTURE = "texture"
     MICROSCOPE = "microscope"
+
+
+class Spectral(StrEnum):
+    """Channels of the spectral set."""
+
+    ALL = "all"
+    RGB = "rgb"
 
 
 class OnTruncated(StrEnum):
@@ -163,3 +201,8 @@ def local_only(path: Path | None) -> Path | None:
             hint="Name a local folder, and copy it to the bucket afterwards",
         )
     return path
+
+
+def size_option(meaning: str) -> Any:
+    """The option ``--size``: a side in pixels, or height and width."""
+    return typer.Option(metavar="PIXELS", help=f"Side of the images in pixels, or HEIGHTxWIDTH; {meaning}.")

@@ -62,7 +62,9 @@ def measure(config: Config) -> Sizes:
             name: sum(p.numel() for p in module.parameters() if p.requires_grad) for name, module in method.networks().items()
         },
         live=activations.counted(config),
-        views=max(sum(view.count * 3 * view.size**2 * FP32 for view in one.views) for one in method.view_sets),
+        views=max(
+            sum(view.count * view.in_channels * math.prod(view.shape) * FP32 for view in one.views) for one in method.view_sets
+        ),
     )
 
 
@@ -79,6 +81,7 @@ def needed(config: Config, sizes: Sizes, stage: int, ranks: int) -> tuple[Held, 
         ranks=ranks,
         accumulation=max(share // micro, 1),
         bf16=bf16,
+        moments=config.optim.moments,
     )
     # Batches that wait, the one that is computed, and the one that is being produced.
     memory = replace(memory, input=(config.data.prefetch + 2) * share * sizes.views)
@@ -114,21 +117,32 @@ def advice(config: Config, sizes: Sizes, ranks: int, capacity: float) -> str:
     return f"Does not fit: without activations it is {memory.total / 1e9:.1f} GB at stage 3 on {ranks} GPUs; {more}."
 
 
-def run(config: Config, *, ranks: int | None, gigabytes: float, console: Terminal | None = None) -> int:
+def ranks_of(config: Config, ranks: int | None) -> int:
+    """Number of GPUs: as given, as configured, as many as this machine has, or one."""
+    return ranks or config.launch.num_processes or gpus() or 1
+
+
+def run(config: Config, sizes: Sizes, *, ranks: int, gigabytes: float, console: Terminal | None = None) -> int:
     """Print the table and the recommendation; returns 0 if something fits, 1 if nothing does.
+
+    Args:
+        config: the settings.
+        sizes: as :func:`measure` returns them.
+        ranks: GPUs.
+        gigabytes: memory of one.
+        console: the terminal.
 
     Raises:
         ConfigError: the global batch cannot be divided among the GPUs.
     """
     out = console or Terminal()
-    ranks = ranks or config.launch.num_processes or gpus() or 1
     if config.train.global_batch_size % ranks:
         raise ConfigError(
             f"{config.train.global_batch_size} samples are not divisible by {ranks} GPUs",
             where="train.global_batch_size",
             hint="Choose another --gpus",
         )
-    sizes, capacity = measure(config), gigabytes * 1e9 * _SLACK
+    capacity = gigabytes * 1e9 * _SLACK
     parts = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in sizes.networks.items())
     out.print(f"Student {sizes.trained / 1e6:.1f} M parameters ({parts}); teacher {sum(sizes.teacher) / 1e6:.1f} M, in fp32.")
     table = Table(
@@ -136,7 +150,7 @@ def run(config: Config, *, ranks: int | None, gigabytes: float, console: Termina
         box=SIMPLE,
         padding=(0, 1, 0, 0),  # eleven columns in a terminal of 80 characters
     )
-    for name in ("GPUs", "ZeRO", "weights", "grads", "Adam", "teacher", "DALI", "buff.", "activ.", "all", "fits"):
+    for name in ("GPUs", "ZeRO", "weights", "grads", "optim.", "teacher", "DALI", "buff.", "activ.", "all", "fits"):
         table.add_column(name, justify="right")
     fits = False
     counts = sorted({ranks, *(r for r in (1, 2, 4, 8, 64, 256) if r < ranks and config.train.global_batch_size % r == 0)})
@@ -186,6 +200,7 @@ class Bill:
         gpu_hours: of all GPUs.
         price: in the profile's currency, ``None`` if it has no price.
         gigabytes: read from storage, ``None`` if the size of a sample is not known.
+        epoch: samples per epoch, ``None`` if no setting needs them.
     """
 
     steps: int
@@ -196,6 +211,7 @@ class Bill:
     gpu_hours: float
     price: float | None
     gigabytes: float | None
+    epoch: int | None = None
 
 
 def bill(config: Config, site: ClusterProfile, *, ranks: int, efficiency: float, samples: int | None) -> Bill:
@@ -206,7 +222,8 @@ def bill(config: Config, site: ClusterProfile, *, ranks: int, efficiency: float,
         site: the cluster, with the peak FLOPS of its GPUs.
         ranks: GPUs.
         efficiency: assumed share of that peak that a step reaches; not measured here.
-        samples: samples per epoch; ``None`` counts those of the shards if the duration is in epochs.
+        samples: samples per epoch; ``None`` counts those of the shards if the duration, or the interval of checkpoints or
+            snapshots, is in epochs.
 
     Raises:
         ConfigError: the profile has no peak.
@@ -218,7 +235,8 @@ def bill(config: Config, site: ClusterProfile, *, ranks: int, efficiency: float,
             hint="Set it in TFLOP/s, such as 989 for an H100",
         )
     length, size = config.train.duration, None
-    if length.unit == "epochs" and samples is None:
+    lengths = (length, config.checkpoint.every, config.checkpoint.snapshot_every)
+    if samples is None and any(one is not None and one.unit == "epochs" for one in lengths):
         from pipeline.data.indexing import indexed
 
         manifest = indexed(config, config.data.patterns)
@@ -229,15 +247,14 @@ def bill(config: Config, site: ClusterProfile, *, ranks: int, efficiency: float,
     rate = ranks * site.gpu_tflops * 1e12 * efficiency / flop
     hours = total_samples / rate / 3600
     price = None if site.gpu_hour_price is None else hours * ranks * site.gpu_hour_price
-    return Bill(
-        steps, total_samples, flop / 1e9, rate, hours, hours * ranks, price, None if size is None else size * total_samples / 1e9
-    )
+    volume = None if size is None else size * total_samples / 1e9
+    return Bill(steps, total_samples, flop / 1e9, rate, hours, hours * ranks, price, volume, samples)
 
 
 def cost(
     config: Config, site: ClusterProfile, *, ranks: int, efficiency: float, samples: int | None, console: Terminal | None = None
 ) -> Bill | None:
-    """Print :func:`bill` with its assumptions; ``None``, and a line that says why, if the profile has no peak."""
+    """Print :func:`bill` with its assumptions; ``None``, and a line that says why, without a peak."""
     out = console or Terminal()
     if site.gpu_tflops is None:
         what = "its nodes have no GPUs" if not site.gpus_per_node else "it has no gpu_tflops (989 for an H100)"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from launch.cli.eval_ranks import ranks_for, spread, world_here
 from launch.rank_environment import RankEnvironment
 from pipeline.config.schema import Config
+from pipeline.config.sizes import Size
 from pipeline.errors import ConfigError
 from pipeline.runtime.run_directory import RunDirectory
 from pipeline.untrusted import printable
@@ -30,7 +31,7 @@ class EvalOptions:
         baselines: also evaluate the baselines, whatever the evaluators.
         watch: continue with each new checkpoint.
         model: timm architecture name of a weights file.
-        size: side of the images in pixels, for pretrained weights.
+        size: side, or height and width, of the images in pixels, for pretrained weights.
         output: additional JSON file to write.
         ranks: number of processes.
         between: shares of the way from the run's initial weights to evaluate at.
@@ -41,7 +42,7 @@ class EvalOptions:
     baselines: bool = False
     watch: bool = False
     model: str | None = None
-    size: int | None = None
+    size: Size | None = None
     output: Path | None = None
     ranks: int | None = None
     track: str | None = None

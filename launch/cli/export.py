@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from pipeline.config.sizes import Size
 from pipeline.errors import ConfigError
 from pipeline.runtime.run_directory import RunDirectory
 from pipeline.tracking import Shipper, destination_of
@@ -21,7 +22,7 @@ def run(
     to: str,
     out: Path | None,
     network: str,
-    size: int | None,
+    size: Size | None,
     license_: str,
     best: bool,
     force: bool,
@@ -36,7 +37,7 @@ def run(
         to: the export format.
         out: output directory; ``<run>/export/<layout>`` by default.
         network: auto, teacher or student.
-        size: side of the images in pixels; the training size by default.
+        size: side, or height and width, of the images in pixels; the training size by default.
         license_: licence for the model card.
         best: export the best checkpoint of a run instead of the newest.
         force: overwrite existing files.

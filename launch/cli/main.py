@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.markup import escape
 
-from launch.cli import adapt, shards
+from launch.cli import adapt, embed, replay, shards
 from launch.cli import slurm as cluster
 from launch.cli.bench_methods import app as bench
 from launch.cli.checkpoint import app as checkpoint
-from launch.cli.choices import Device, ExportFormat, Method, Network, local_only, output_stem
+from launch.cli.choices import Device, ExportFormat, Method, Network, local_only, output_stem, size_option
 from launch.cli.mlflow import app as mlflow
 from launch.cli.sweep import app as sweep
 from launch.streams import open_streams
@@ -148,9 +148,7 @@ def evaluate(
         bool, typer.Option("--watch", help="Evaluate each checkpoint as it is written, until the run's last.")
     ] = False,
     model: Annotated[str | None, typer.Option(metavar="NAME", help="timm model name of a weights file.")] = None,
-    size: Annotated[
-        int | None, typer.Option(metavar="PIXELS", help="Side of the images in pixels, for pretrained weights.")
-    ] = None,
+    size: Annotated[str | None, size_option("for pretrained weights")] = None,
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the scores to this JSON file.", callback=local_only)
     ] = None,
@@ -194,9 +192,10 @@ def evaluate(
     extra += [f"evaluation.zeroshot.templates={templates}"] if zeroshot is not None and templates is not None else []
     from launch.cli.eval import EvalOptions, shares_of
     from launch.cli.eval import run as evaluate_target
+    from pipeline.config.sizes import parse_size
 
     evaluators = tuple(dict.fromkeys([*names, *(only or ())]))
-    options = EvalOptions(evaluators, baselines, watch, model, size, output, ranks, track, shares_of(between))
+    options = EvalOptions(evaluators, baselines, watch, model, parse_size(size), output, ranks, track, shares_of(between))
     raise typer.Exit(evaluate_target(run, [*(overrides or ()), *extra], options, _command_line))
 
 
@@ -213,9 +212,7 @@ def export(
     student: Annotated[
         str | None, typer.Option(metavar="NAME", help="Which student to export, if several were distilled together.")
     ] = None,
-    size: Annotated[
-        int | None, typer.Option(metavar="PIXELS", help="Side of the images in pixels; the training size by default.")
-    ] = None,
+    size: Annotated[str | None, size_option("the training size by default")] = None,
     licence: Annotated[
         str, typer.Option("--license", metavar="NAME", help="Licence of the weights, for the model card.")
     ] = "unknown",
@@ -240,9 +237,10 @@ def export(
     fovea export runs/clip_cifar10 --to open_clip --out ./clip --license apache-2.0
     """
     from launch.cli.export import run as write
+    from pipeline.config.sizes import parse_size
 
-    options: dict[str, Any] = {"out": out, "network": network.value, "student": student, "size": size, "license_": licence}
-    options["interpolate"] = interpolate
+    options: dict[str, Any] = {"out": out, "network": network.value, "student": student, "size": parse_size(size)}
+    options |= {"license_": licence, "interpolate": interpolate}
     raise typer.Exit(write(run, to=str(to), best=best, force=overwrite, register=register, **options))
 
 
@@ -341,9 +339,7 @@ def visualize(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, or one of its checkpoints.")],
     files: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
     text: Annotated[list[str] | None, typer.Option(help="Text to locate in the images, for methods with a text encoder.")] = None,
-    size: Annotated[
-        int | None, typer.Option(metavar="PIXELS", help="Side of the images in pixels; twice the training size by default.")
-    ] = None,
+    size: Annotated[str | None, size_option("twice the training size by default")] = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="Output HTML file.", callback=local_only)] = Path("images.html"),
 ) -> None:
     """Visualize your own images: PCA of patch features, attention maps, similarity to texts.
@@ -352,9 +348,10 @@ def visualize(
 
     fovea visualize runs/clip_scenes photo.jpg other.png --text "a red circle"
     """
+    from pipeline.config.sizes import parse_size
     from pipeline.reports.visualize import run as draw
 
-    raise typer.Exit(draw(run, files, out=out, texts=text or [], size=size))
+    raise typer.Exit(draw(run, files, out=out, texts=text or [], size=parse_size(size)))
 
 
 @app.command(short_help="Estimate memory, time and cost before a run.", rich_help_panel=_DATA)
@@ -375,7 +372,7 @@ def estimate(
         int | None, typer.Option(min=1, help="Samples per epoch, for durations in epochs; by default counted from the shards.")
     ] = None,
 ) -> None:
-    """Estimate GPU memory by ZeRO stage and number of GPUs, recommend a stage, and estimate time and cost.
+    """Estimate GPU memory by ZeRO stage and number of GPUs, recommend a stage, and estimate time, cost and checkpoint interval.
 
     [b]Examples[/b]
 
@@ -384,14 +381,16 @@ def estimate(
     fovea estimate dinov2/vitl16_short data.shards=none.tar --cluster one_node_8gpu --dataset-size 1281167
     """
     loaded = _load(config, overrides)
-    from launch.cli.estimate import cost, run
+    from launch.cli.estimate import cost, measure, ranks_of, run
+    from launch.cli.estimate_interval import interval, snapshots
     from launch.slurm import profile as profiles
 
-    site = profiles.load(cluster) if cluster else None
-    ranks = gpus or (site.world if site else None)
-    code = run(loaded.config, ranks=ranks, gigabytes=gpu_memory_gb or (site.gpu_memory_gb if site else 80.0))
-    if site is not None:
-        cost(loaded.config, site, ranks=ranks or site.world, efficiency=efficiency, samples=dataset_size)
+    site, sizes = profiles.load(cluster) if cluster else None, measure(loaded.config)
+    ranks = ranks_of(loaded.config, gpus or (site.world if site else None))
+    code = run(loaded.config, sizes, ranks=ranks, gigabytes=gpu_memory_gb or (site.gpu_memory_gb if site else 80.0))
+    if site and (total := cost(loaded.config, site, ranks=ranks, efficiency=efficiency, samples=dataset_size)):
+        interval(loaded.config, site, total, sizes, ranks=ranks)
+    snapshots(loaded.config, site, sizes, ranks=ranks)
     raise typer.Exit(code)
 
 
@@ -442,7 +441,9 @@ def _load(name: str, overrides: Sequence[str] | None) -> Loaded:
 
 
 # Added last: --help lists the commands in the order in which they are added.
-app.add_typer(shards.app, name="shards", rich_help_panel=_DATA, short_help="Pack, index, verify and inspect shards.")
+embed.enter(app, _command_line)
+replay.enter(app)
+app.add_typer(shards.app, name="shards", rich_help_panel=_DATA, short_help="Pack, index, verify, curate and inspect shards.")
 app.add_typer(config, name="config", rich_help_panel=_DATA, short_help="Show and check configs.")
 app.add_typer(checkpoint, name="checkpoint", rich_help_panel=_DATA, short_help="List, verify, inspect and convert checkpoints.")
 app.add_typer(mlflow, name="mlflow", rich_help_panel=_DATA, short_help="Send the journals of runs to MLflow.")

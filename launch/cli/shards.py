@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch.cli import shards_bucket
-from launch.cli.choices import ImageFormat, Labels, OnTruncated, SceneShift, SourceLayout, local_only
+from launch.cli import shards_bucket, shards_curate
+from launch.cli.channels import ChannelsOption, channels_of, measured, write_text
+from launch.cli.choices import ImageFormat, Labels, OnTruncated, SourceLayout, local_only
 from launch.cli.shards_index import NAMED, build_index, part_of, store_at_start
+from launch.cli.shards_synthesize import synthesize
 from pipeline.errors import ConfigError
-from pipeline.masking import printable
+from pipeline.masking import printable, shown
 
 if TYPE_CHECKING:
+    from pipeline.data.pack.samples import Source
     from pipeline.data.settings import DataSettings
 
 app = typer.Typer(no_args_is_help=True, help="Pack, index, verify and inspect WebDataset shards.")
@@ -40,6 +44,9 @@ CaptionOption = Annotated[str | None, typer.Option(help="File extension of capti
 LabelOption = Annotated[str | None, typer.Option(help="File extension of class numbers.")]
 
 
+SelectionOption = Annotated[
+    list[Path] | None, typer.Option(metavar="FILE", help="Use only the samples of this selection; may be repeated.")
+]
 OnTruncatedOption = Annotated[
     OnTruncated, typer.Option(help="How to handle a truncated tar: raise an error, or keep the samples before the cut.")
 ]
@@ -54,6 +61,7 @@ def index(
     caption: CaptionOption = None,
     label: LabelOption = None,
     on_truncated_shard: OnTruncatedOption = OnTruncated.ERROR,
+    channels: ChannelsOption = None,
     report: Annotated[
         Path | None, typer.Option(help="Report file of all problems, as JSON and .txt; by default report.json in the index.")
     ] = None,
@@ -77,7 +85,7 @@ def index(
 
     sbatch --array 1-16 --wrap 'fovea shards index s3://web/ --part $SLURM_ARRAY_TASK_ID/16'
     """
-    settings = _settings(patterns, directory, image, caption, label, on_truncated_shard)
+    settings = _settings(patterns, directory, image, caption, label, on_truncated_shard, channels)
     manifest, folder = build_index(settings, workers, report, check=check, part=part_of(part))
     classes = f", {manifest.classes} classes" if manifest.classes else ", no class numbers"
     print(f"{manifest.total} samples in {len(manifest.shards)} shards{classes}; index in {folder}")
@@ -93,6 +101,7 @@ def verify(
     caption: CaptionOption = None,
     label: LabelOption = None,
     on_truncated_shard: OnTruncatedOption = OnTruncated.ERROR,
+    channels: ChannelsOption = None,
     exclude: Annotated[
         bool,
         typer.Option(
@@ -123,7 +132,8 @@ def verify(
     from launch.progress import progress_bar
     from pipeline.data.inspect import verify as verification
 
-    manifest, folder = build_index(_settings(patterns, directory, image, caption, label, on_truncated_shard), workers, None)
+    settings = _settings(patterns, directory, image, caption, label, on_truncated_shard, channels)
+    manifest, folder = build_index(settings, workers, None)
     with progress_bar("decoding") as progress:
         verified = verification.verify(manifest, workers=workers, progress=progress, store=store_at_start(), part=part_of(part))
     rows = [
@@ -170,6 +180,7 @@ def pack(
         SourceLayout, typer.Option(help="Layout of SOURCE; flat is a folder without classes, files is img2dataset's output.")
     ] = SourceLayout.AUTO,
     on_truncated_shard: OnTruncatedOption = OnTruncated.ERROR,
+    channels: ChannelsOption = None,
     threads: Annotated[int, typer.Option(min=1, max=256, help="Samples read in parallel.")] = 8,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite shards of the same prefix.")] = False,
     follow_links: Annotated[
@@ -196,6 +207,7 @@ def pack(
         ),
     ] = None,
     outage_timeout: shards_bucket.OutageOption = 60.0,
+    selection: SelectionOption = None,
 ) -> None:
     """Write shuffled WebDataset shards. If interrupted, the same command continues and produces identical bytes.
 
@@ -209,6 +221,9 @@ def pack(
 
     - other shards, to shuffle them again, change the shard size or skip small images; all members are kept.
 
+    With --channels, TIFF, PNG, NumPy and DICOM files are packed as they are; where several files make an image, they share a
+    name up to the first dot.
+
     An ambiguous SOURCE is refused. Skipped samples are counted, and listed in OUT/PREFIX.skipped.txt. To a bucket, each shard is
     sent while the next is packed, and compared by size and checksum; see also fovea shards push.
 
@@ -221,8 +236,13 @@ def pack(
     fovea shards pack table.parquet shards/ --prefix val --size 200
 
     fovea shards pack 'old/{00000..00999}.tar' shards/ --min-side 224 --transcode png
+
+    fovea shards pack 'old/{00000..00999}.tar' unique/ --selection unique.parquet
+
+    fovea shards pack microscope/ shards/ --channels 8xuint16
     """
     from launch.progress import progress_bar
+    from pipeline.data.formats.channels import required
     from pipeline.data.pack.packer import Packing
     from pipeline.data.pack.packer import pack as write
     from pipeline.data.pack.sources import Options, open_source
@@ -235,6 +255,7 @@ def pack(
         labels=labels.value,
         classes=_class_names(classes),
         max_file=max_file_mb << 20,
+        channels=required(channels_of(channels)),
     )
     packing = Packing(
         prefix=prefix,
@@ -245,12 +266,15 @@ def pack(
         max_pixels=max_pixels,
         transcode=transcode.value if transcode else None,
         max_side=max_side,
+        channels=options.channels,
     )
     with (
         shards_bucket.delivery(out, prefix, staging, overwrite, outage_timeout) as (folder, target),
         progress_bar("packing") as progress,
     ):
         listing = open_source(source, layout=layout.value, store=store_at_start(), options=options)
+        if selection:
+            listing = _selected_source(listing, source, selection, on_truncated_shard)
         report = write(listing, folder, packing, overwrite=overwrite, threads=threads, progress=progress, delivery=target)
     print(report.text(out, prefix))
     if target is not None:
@@ -260,32 +284,10 @@ def pack(
 
 app.command("push")(shards_bucket.push)
 app.command("pull")(shards_bucket.pull)
+shards_curate.add(app)
 
 
-@app.command("synthesize")
-def synthesize(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory of the shards.", callback=local_only)],
-    train: Annotated[int, typer.Option(min=1, help="Number of training images.")] = 8000,
-    val: Annotated[int, typer.Option(min=1, help="Number of validation images.")] = 1000,
-    size: Annotated[int, typer.Option(min=16, help="Side of the images, pixels.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
-    shift: Annotated[
-        SceneShift, typer.Option(help="Another domain: the same classes and layouts that look otherwise.")
-    ] = SceneShift.NONE,
-) -> None:
-    """Generate the synthetic data set of the scenes configs: textured shapes with class, caption and segmentation map.
-
-    [b]Examples[/b]
-
-    fovea shards synthesize runs/scenes
-
-    fovea shards synthesize runs/cells --shift microscope --train 2000
-    """
-    from pipeline.data.pack.synthetic import CLASS_NAMES, write
-
-    shards = write(out, train=train, val=val, size=size, seed=seed, shift=shift.value)
-    (out / "classes.txt").write_text("\n".join(CLASS_NAMES) + "\n")
-    print(f"{out}: {train} training images and {val} validation images in {len(shards)} shards, classes.txt for zero-shot")
+app.command("synthesize")(synthesize)
 
 
 @app.command("stats")
@@ -297,26 +299,59 @@ def stats(
     caption: CaptionOption = None,
     label: LabelOption = None,
     on_truncated_shard: OnTruncatedOption = OnTruncated.ERROR,
+    channels: ChannelsOption = None,
+    images: Annotated[int, typer.Option(min=1, help="With --channels: number of images whose values are measured.")] = 2000,
+    write: Annotated[
+        Path | None,
+        typer.Option(help="With --channels: write a config snippet with the normalization.", callback=local_only),
+    ] = None,
     global_batch: Annotated[int, typer.Option(min=1, help="Global batch size for the recommendations.")] = 1024,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    selection: SelectionOption = None,
 ) -> None:
     """Show statistics of shards: sizes, formats, classes, captions, duplicate images, and what would slow down training.
 
-    Everything comes from the index, which is created if necessary; images are not read again.
+    Everything comes from the index, which is created if necessary; images are not read again. With --channels, the values of
+    images are measured too: range, percentiles, mean and deviation of each channel.
 
     [b]Examples[/b]
 
     fovea shards stats '/data/train-{000..099}.tar'
 
     fovea shards stats '/data/train-{000..099}.tar' --json > stats.json
+
+    fovea shards stats '/data/cells-*.tar' --channels 8xuint16 --write channels.yaml
     """
     from pipeline.data.inspect.stats import statistics
 
-    manifest, _ = build_index(
-        _settings(patterns, directory, image, caption, label, on_truncated_shard), workers, None, quiet=as_json
-    )
+    if write is not None and channels is None:
+        raise ConfigError("needs --channels", where="--write", hint="Give their number and type, such as 8xuint16")
+    settings = _settings(patterns, directory, image, caption, label, on_truncated_shard, channels)
+    manifest, _ = build_index(settings, workers, None, quiet=as_json)
+    if selection:
+        from pipeline.data.selections.apply import Chosen, select
+
+        manifest = select(manifest, [Chosen(0, len(manifest.shards), tuple(selection), "--selection")])
     computed = statistics(manifest, global_batch=global_batch)
-    print(json.dumps(computed.document(), indent=1) if as_json else computed.text())
+    values = measured(manifest, settings, images) if settings.channels is not None else None
+    if as_json:
+        print(json.dumps({**computed.document(), **({"values": values.document()} if values is not None else {})}, indent=1))
+    else:
+        print(computed.text() + (f"\n\n{shown(values.text())}" if values is not None else ""))
+    if write is not None and values is not None:
+        write_text(write, values.snippet(printable(f"fovea shards stats {' '.join(patterns)} --channels {channels}", limit=300)))
+        print(f"wrote {write}: the section data.channels of a config", file=sys.stderr if as_json else sys.stdout)
+
+
+def _selected_source(listing: Source, source: str, selection: list[Path], on_truncated: OnTruncated) -> Source:
+    """The samples of shards that selections have."""
+    from pipeline.data.pack.members import Members
+    from pipeline.data.selections.packed import selected_members
+
+    if not isinstance(listing, Members) or any(part.offset < 0 for parts in listing.parts[:1] for part in parts.values()):
+        raise ConfigError("applies to shards only", where="--selection", hint="Leave it out, or give shards as SOURCE")
+    manifest, _ = build_index(_settings([source], None, None, None, None, on_truncated), None, None, quiet=True)
+    return selected_members(listing, manifest, selection)
 
 
 @app.command("preview")
@@ -327,6 +362,7 @@ def preview(
         Path, typer.Option("--out", "-o", help="Output file: .html for a page, .png for an image.", callback=local_only)
     ] = Path("preview.html"),
     samples: Annotated[int, typer.Option(min=1, max=512, help="Number of samples.")] = 8,
+    channels: ChannelsOption = None,
 ) -> None:
     """Draw the exact crops that training would see, as an HTML page or a contact sheet.
 
@@ -341,10 +377,13 @@ def preview(
     fovea shards preview '/data/train-{000..099}.tar' -o raw.png
     """
     if _names_shards(config):
+        from pipeline.data.augment.views import channel_spec
         from pipeline.reports.contact_sheet import write as write_raw
 
-        manifest, _ = build_index(_settings([config, *(overrides or ())], None, None, None, None, OnTruncated.ERROR), None, None)
-        write_raw(manifest, out, samples)
+        named = _settings([config, *(overrides or ())], None, None, None, None, OnTruncated.ERROR, channels)
+        manifest, _ = build_index(named, None, None)
+        declared = channel_spec(named.channels)
+        write_raw(manifest, out, samples, shown=declared.composite if declared is not None else None)
     else:
         from pipeline.config.load import load
         from pipeline.reports.preview import write
@@ -388,6 +427,7 @@ def _settings(
     caption: str | None,
     label: str | None,
     on_truncated: OnTruncated,
+    channels: str | None = None,
 ) -> DataSettings:
     from pydantic import ValidationError
 
@@ -398,6 +438,7 @@ def _settings(
         "image_extensions": image.split(",") if image else None,
         "caption_extension": caption,
         "label_extension": label,
+        "channels": channels_of(channels),
     }
     options = {key: value for key, value in chosen.items() if value is not None}
     try:

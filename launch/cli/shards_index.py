@@ -57,6 +57,7 @@ def build_index(
         The index and its directory.
     """
     from launch.progress import progress_bar
+    from pipeline.data.formats.channels import required
     from pipeline.data.index.build import UnusableShards, build
     from pipeline.data.index.fields import Fields
     from pipeline.data.indexing import sidecar_folder
@@ -64,11 +65,12 @@ def build_index(
     from pipeline.data.storage import expand
 
     fields = Fields(
-        images=settings.image_extensions,
+        images=settings.images,
         caption=settings.caption_extension,
         label=settings.label_extension,
         min_side=settings.min_side,
         max_pixels=settings.max_pixels,
+        channels=required(settings.channels),
     )
     store = store_at_start()
     urls = expand(list(settings.shards), store)

@@ -281,6 +281,8 @@ def resume(
 
     run_directory = standing.find(run)
     facts = record.job(run_directory)
+    if facts.get("kind") == "embed":
+        raise LaunchError("is a job of `fovea embed`", where=run, hint="Repeat the command that submitted it; it continues")
     own = [text.removeprefix("cluster.") for text in overrides or () if text.startswith("cluster.")]
     rest = [text for text in overrides or () if not text.startswith("cluster.")]
     if not cluster and not facts:

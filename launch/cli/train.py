@@ -7,17 +7,18 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from launch import local, notifications
+from launch import notifications
+from launch.cli import restarts
 from launch.rank_environment import RankEnvironment, ranks_to_start
 from launch.resume import check_identity, choose_checkpoint
 from launch.streams import outlive_terminal
 from pipeline.config.load import Loaded, show, stored_run
-from pipeline.config.validate import check_ranks
+from pipeline.config.validate import check_devices, check_ranks
 from pipeline.data.inputs import prepare
 from pipeline.errors import ConfigError, LaunchError
 from pipeline.masking import shown
 from pipeline.runtime import job_record as record
-from pipeline.runtime.interpreter import module_command
+from pipeline.runtime.gpus import gpus
 from pipeline.runtime.locks import lock
 from pipeline.runtime.run_directory import RunDirectory
 from pipeline.tracking.trackers import check_installed
@@ -72,6 +73,8 @@ def run(loaded: Loaded) -> int:
         return be_rank(config, here)
     if broken := check_ranks(config, ranks):
         raise ConfigError(broken[0][1])
+    if broken := check_devices(config, on_gpu=config.launch.backend != "gloo" and bool(gpus())):
+        raise ConfigError(broken[0][1])
     directory = RunDirectory(config.run.folder)
     with alone(directory):
         if directory.config.exists():
@@ -84,14 +87,8 @@ def run(loaded: Loaded) -> int:
             from pipeline.weights import init_from as initial
 
             initial.check(config)
-        attempt = directory.next_attempt()
         directory.write_settings(config, show(loaded, secrets=True, absolute=True))
-        directory.note("start", attempt=attempt, ranks=ranks, resumed_from=checkpoint.step if checkpoint else None)
-        argv = module_command(
-            "launch.rank_main", str(directory.config), str(attempt), str(checkpoint.path) if checkpoint else "-"
-        )
-        code = local.start(argv, ranks, log_directory=directory.logs(attempt), threads=config.train.threads)
-        directory.note("end", attempt=attempt, code=code)
+        attempt, code = restarts.attend(config, directory, ranks, checkpoint, inputs)
     _notify(loaded, directory, attempt, code)
     return code
 

@@ -37,13 +37,16 @@ class _Comparison:
         numbers = sorted(value(node) for node in self.nodes_here)
         enough = sum(number >= needed for number in numbers)
         shown = str(numbers[0]) if numbers[0] == numbers[-1] else f"{numbers[0]} to {numbers[-1]}"
-        state = "ok" if enough >= self.profile.nodes else "bad"
+        state = "ok" if enough >= self.profile.all_nodes else "bad"
         return state, f"{needed} {what} per node; {enough} of {len(numbers)} nodes have them (each has {shown})"
 
     def nodes(self) -> Answer:
         limit = self.partition.get("MaxNodes")
         most = min(len(self.nodes_here), int(limit) if limit is not None and limit.isdecimal() else len(self.nodes_here))
-        return ("ok" if self.profile.nodes <= most else "bad"), f"{self.profile.nodes} of at most {most}"
+        return ("ok" if self.profile.all_nodes <= most else "bad"), f"{self.profile.all_nodes} of at most {most}"
+
+    def spare_nodes(self) -> Answer:
+        return "ok", f"{self.profile.spare_nodes}, so that the job has {self.profile.all_nodes} nodes"
 
     def gpus_per_node(self) -> Answer:
         most = max((node.gpus for node in self.nodes_here), default=0)
@@ -214,7 +217,10 @@ class _Comparison:
 
 
 # Fields about which neither Slurm nor this machine knows anything.
-OWN = ("options", "exclude_hours", "setup", "export_env", "budgets", "gpu_memory_gb", "gpu_hour_price")
+OWN = (
+    *("options", "exclude_hours", "setup", "export_env", "budgets", "gpu_memory_gb", "gpu_hour_price"),
+    *("node_mtbf_hours", "restart_seconds", "checkpoint_gb_per_second"),
+)
 
 
 def compare(profile: ClusterProfile, site: Site) -> Iterator[Finding]:

@@ -12,6 +12,9 @@ _MACHINE = re.compile(
     r"\bECC\b|\bXid\b|uncorrectable|unhandled system error|NVLink|CUDA error: (unknown|device-side|hardware)", re.I
 )
 
+# What may end differently at once and on the same machine: not a full disk, nor a machine that computes wrongly.
+RESTARTABLE = ("crash", "hang", "rendezvous")
+
 SIGNAL_CAUSES = {
     "PREEMPTED": "requeued",
     "SIGTERM": "preempted",
@@ -157,6 +160,7 @@ def decide(end: AttemptResult, history: Sequence[Mapping[str, Any]], budgets: Bu
         exclude = {str(host): why}
     if (
         cause == "crash"
+        and end.failure is not None  # a rank that was killed left no message: it need not be the same again
         and any(row.get("cause") == "crash" and row.get("why") == why for row in history[-1:])
         and end.after <= end.before
     ):

@@ -92,8 +92,8 @@ def never_runs(profile: ClusterProfile, available: Partition) -> list[str]:
     if available.seconds is not None and profile.seconds > available.seconds:
         reasons.append(f"time {profile.time} exceeds the limit of {clock(available.seconds)}")
     most = min(len(available.nodes), available.most if available.most is not None else len(available.nodes))
-    if profile.nodes > most:
-        reasons.append(f"nodes {profile.nodes} exceeds {most}")
+    if profile.all_nodes > most:
+        reasons.append(f"nodes {profile.all_nodes} exceeds {most}")
     required = {
         "cpus": (profile.tasks_per_node * profile.cpus_per_rank, "CPUs"),
         "gpus": (profile.gpus_per_node, "GPUs"),
@@ -101,8 +101,8 @@ def never_runs(profile: ClusterProfile, available: Partition) -> list[str]:
     }
     for name, (number, what) in required.items():
         enough = sum(getattr(node, name) >= number for node in available.nodes)
-        if enough < min(profile.nodes, most):
-            reasons.append(f"{number} {what} per node are available on {enough} of {profile.nodes} nodes")
+        if enough < min(profile.all_nodes, most):
+            reasons.append(f"{number} {what} per node are available on {enough} of {profile.all_nodes} nodes")
     return reasons
 
 

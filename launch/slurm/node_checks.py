@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,15 @@ class NodeProblems:
     full: str = ""
 
 
-def check_nodes(job: int, run: Path, logs: Path, facts: dict[str, Any], environment: dict[str, str], look: Look) -> NodeProblems:
+def check_nodes(
+    job: int,
+    run: Path,
+    logs: Path,
+    facts: dict[str, Any],
+    environment: dict[str, str],
+    look: Look,
+    placement: Sequence[str] = (),
+) -> NodeProblems:
     """Check every node of the job.
 
     Args:
@@ -42,6 +50,7 @@ def check_nodes(job: int, run: Path, logs: Path, facts: dict[str, Any], environm
         facts: as :func:`launch.slurm.render.facts` returns them.
         environment: variables of the batch step.
         look: see :meth:`launch.slurm.steps.Step.wait`.
+        placement: options of ``srun`` that name the nodes, if not all of the job are meant.
     """
     settings = facts["preflight"]
     if not settings["enabled"]:
@@ -50,7 +59,7 @@ def check_nodes(job: int, run: Path, logs: Path, facts: dict[str, Any], environm
     folder.mkdir(parents=True, exist_ok=True)
     options = {**settings, "folder": str(folder), "run": str(run), "gpus": facts["gpus_per_node"]}
     command = [
-        *("srun", "--kill-on-bad-exit=0", f"--ntasks={facts['nodes']}", "--ntasks-per-node=1"),
+        *("srun", *placement, "--kill-on-bad-exit=0", f"--ntasks={facts['nodes']}", "--ntasks-per-node=1"),
         *(f"--output={str(folder).replace('%', '%%')}/%N.log", "--overlap"),
         *(facts["host_python"], "-m", "launch.slurm.preflight", json.dumps(options)),
     ]
@@ -90,7 +99,15 @@ def clock_error(answer: dict[str, Any], began: float, ended: float) -> float:
     return max(last - ended, 0.0) if last > ended else min(first - began, 0.0)
 
 
-def check_links(job: int, logs: Path, attempt: int, facts: dict[str, Any], environment: dict[str, str], look: Look) -> str | None:
+def check_links(
+    job: int,
+    logs: Path,
+    attempt: int,
+    facts: dict[str, Any],
+    environment: dict[str, str],
+    look: Look,
+    placement: Sequence[str] = (),
+) -> str | None:
     """Measure an all-reduce over all ranks; returns what is wrong, or ``None`` where it is fast enough or not measured.
 
     Args:
@@ -100,6 +117,7 @@ def check_links(job: int, logs: Path, attempt: int, facts: dict[str, Any], envir
         facts: as :func:`launch.slurm.render.facts` returns them.
         environment: variables of the batch step.
         look: see :meth:`launch.slurm.steps.Step.wait`.
+        placement: options of ``srun`` that name the nodes, if not all of the job are meant.
     """
     settings = facts["preflight"]
     required = float(settings["bandwidth_gbps"])
@@ -107,6 +125,7 @@ def check_links(job: int, logs: Path, attempt: int, facts: dict[str, Any], envir
         return None
     logs.mkdir(parents=True, exist_ok=True)
     command = [filled(argument, logs) for argument in facts["links"]]
+    command[1:1] = placement
     own = {**environment, "MASTER_PORT": str(free_port()), "FOVEA_ATTEMPT": str(attempt)}
     Step(job, command, own).wait(look, settings["seconds"] + 60)
     bandwidth = record.read(logs / "links.json").get("gbps")

@@ -85,7 +85,10 @@ def facts(config: Config, profile: ClusterProfile, run: Path, notify: dict[str, 
     return {
         "notify": notify or {},
         "ranks": profile.world,
+        "restarts": config.launch.restarts,
+        "snapshots": snapshots_of(config, profile),
         "nodes": profile.nodes,
+        "spare": profile.spare_nodes,
         "gpus_per_node": profile.gpus_per_node,
         "after": profile.requeue_mode,
         "exclude_hours": profile.exclude_hours,
@@ -103,20 +106,28 @@ def facts(config: Config, profile: ClusterProfile, run: Path, notify: dict[str, 
     }
 
 
-def step(profile: ClusterProfile, run: Path, module: list[str] | None = None) -> list[str]:
+def snapshots_of(config: Config, profile: ClusterProfile) -> bool:
+    """Whether snapshots are taken: a container cannot read those of the host."""
+    needed = config.launch.restarts and config.checkpoint.snapshot_every is not None
+    return bool(needed and profile.container is None)
+
+
+def step(profile: ClusterProfile, run: Path, module: list[str] | None = None, log: str = "links-%t.log") -> list[str]:
     """The ``srun`` command: one task per rank; ``%LOGS%`` stands for the attempt's log directory.
 
     Args:
         profile: the cluster.
         run: the run directory.
         module: a module of ours and its arguments, instead of the training.
+        log: log file of the module's ranks.
     """
-    log = "links-%t.log" if module else "rank-%t.log"
+    log = log if module else "rank-%t.log"
     command = [
         "srun",
         f"--nodes={profile.nodes}",
         f"--ntasks={profile.world}",
         f"--ntasks-per-node={profile.tasks_per_node}",
+        "--distribution=block",  # ranks are numbered node by node
         f"--cpus-per-task={profile.cpus_per_rank}",
         "--unbuffered",
         "--kill-on-bad-exit=1",  # otherwise the ranks would wait for a dead one until the time limit

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from launch.slurm import memory_keepers
 from launch.slurm import slurm_commands as tools
 from pipeline.errors import LaunchError
 
@@ -51,9 +52,10 @@ class Step:
         """End the processes even if a node's Slurm daemon is gone; those that cannot be killed are not waited for."""
         options = ["--signal=KILL"] if at_once else []
         with contextlib.suppress(LaunchError):
-            for line in tools.call("squeue", "--noheader", "--steps", f"--jobs={self._job}", "--format=%i", limit=5).split():
-                if line.partition(".")[2].isdigit():
-                    tools.cancel(line, *options, limit=5)
+            listed = tools.call("squeue", "--noheader", "--steps", f"--jobs={self._job}", "--format=%i %j", limit=5)
+            for step, name in (line.split(None, 1) for line in listed.splitlines() if " " in line.strip()):
+                if step.partition(".")[2].isdigit() and name.strip() != memory_keepers.STEP:
+                    tools.cancel(step, *options, limit=5)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=3 if at_once else 30)
         if not at_once:  # otherwise the job ends now, and Slurm ends srun with it

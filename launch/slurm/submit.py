@@ -7,8 +7,9 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from launch.resume import check_identity
 from launch.slurm import excluded_nodes, limits, render
 from launch.slurm import slurm_commands as tools
 from launch.slurm.profile import ClusterProfile
+from pipeline.checkpoint import catalog
 from pipeline.config.load import Loaded, show, stored_run
 from pipeline.config.paths import absolute
 from pipeline.config.schema import Config
 from pipeline.config.types import path_values
-from pipeline.config.validate import check_ranks
-from pipeline.errors import ConfigError, LaunchError
+from pipeline.config.validate import check_devices, check_ranks
+from pipeline.errors import CheckpointError, ConfigError, LaunchError
 from pipeline.masking import shown
 from pipeline.runtime import job_record as record
 from pipeline.runtime.known import digest
@@ -100,18 +102,25 @@ def submit(
         text = render.script(config, profile, folder, command=typed, code_state=render.code_state())
         argv = ["sbatch", "--parsable", str(script)]
         if check:
-            _possible(profile)
+            possible(profile)
         return Submitted(None, folder, text, argv, _test(text, []) if check else "")
-    available = _possible(profile)
+    available = possible(profile)
     away, forgiven = excluded_nodes.avoid(run, render.facts(config, profile, folder))
     if forgiven:
         print(f"fovea: not excluded, since too few nodes would be left: {', '.join(forgiven)}", file=sys.stderr)
+    if config.launch.restarts and config.checkpoint.snapshot_every and not render.snapshots_of(config, profile):
+        print(
+            "fovea: no snapshots are taken in a container: restarts continue from checkpoints",
+            file=sys.stderr,
+        )
     options = [f"--exclude={','.join(away)}"] if away else []
     text = render.script(config, profile, folder, command=typed, code_state=render.code_state())
     estimate = _test(text, options) if check else ""
     is_new = not run.config.exists()
     try:
-        job = _submit(loaded, render.facts(config, profile, run.path, notify), run, text, typed, options)
+        job = hand_in(
+            run, render.facts(config, profile, run.path, notify), text, typed, options, partial(_write_settings, loaded)
+        )
     except OSError as error:
         reason = error.strerror or "some files could not be copied; is the disk full?"
         raise LaunchError(
@@ -129,9 +138,28 @@ def submit(
     return Submitted(job, folder, text, ["sbatch", "--parsable", *options, str(script)], estimate)
 
 
-def _submit(loaded: Loaded, facts: dict[str, Any], run: RunDirectory, text: str, typed: str, options: list[str]) -> int:
-    """Write everything, then submit: if the directory cannot be written, no job is submitted; returns the job's number."""
-    config, script = loaded.config, record.script(run)
+def hand_in(
+    run: RunDirectory,
+    facts: dict[str, Any],
+    text: str,
+    typed: str,
+    options: list[str],
+    write_settings: Callable[[RunDirectory], None],
+) -> int:
+    """Write everything, then submit: if the directory cannot be written, no job is submitted; returns the job's number.
+
+    Args:
+        run: the run directory.
+        facts: for the supervisor.
+        text: the batch script.
+        typed: the command line, masked.
+        options: of ``sbatch``.
+        write_settings: writes what the ranks read.
+
+    Raises:
+        LaunchError: Slurm refuses the job, or another job of the run is running or pending.
+    """
+    script = record.script(run)
     _made(script).parent.mkdir(parents=True, exist_ok=True)
     with (script.parent / "lock").open("w") as file:
         try:
@@ -140,14 +168,12 @@ def _submit(loaded: Loaded, facts: dict[str, Any], run: RunDirectory, text: str,
             raise AlreadySubmitted(
                 "another process is submitting this run", where=str(run.path), hint=f"See it with `fovea status {run.path}`"
             ) from error
-        _refuse_living(run)
+        refuse_living(run)
         render.snapshot(run.path / "code")
         (run.path / "logs").mkdir(exist_ok=True)
         script.write_text(text)
         (script.parent / "command.txt").write_text(typed + "\n")
-        run.write_settings(config, show(Loaded(config, loaded.provenance, loaded.source), secrets=True, absolute=True))
-        if config.tracking.uri:
-            remember(config.tracking.uri)
+        write_settings(run)
         record.clear(run)
         run.write("submit/job.json", facts)
         job = tools.submit(script, *options)
@@ -163,6 +189,13 @@ def _submit(loaded: Loaded, facts: dict[str, Any], run: RunDirectory, text: str,
         run.write("submit/job.json", {**facts, "job": job})
         run.note("submit", job=job)
     return job
+
+
+def _write_settings(loaded: Loaded, run: RunDirectory) -> None:
+    config = loaded.config
+    run.write_settings(config, show(Loaded(config, loaded.provenance, loaded.source), secrets=True, absolute=True))
+    if config.tracking.uri:
+        remember(config.tracking.uri)
 
 
 class AlreadySubmitted(LaunchError):
@@ -187,13 +220,15 @@ def check_all(config: Config, profile: ClusterProfile, run: RunDirectory) -> Non
 
     Raises:
         ConfigError: the batch cannot be divided among the ranks, or the run directory is not shared between nodes.
-        CheckpointError: the directory belongs to a run with other settings.
+        CheckpointError: the directory belongs to a run with other settings, or holds checkpoints that must not be continued.
         LaunchError: a job of this run is running or pending.
     """
     if broken := check_ranks(config, profile.world):
         raise ConfigError(
             broken[0][1], hint=f"Match the cluster profile's {profile.world} ranks: {profile.nodes} x {profile.tasks_per_node}"
         )
+    if broken := check_devices(config, on_gpu=profile.gpus_per_node > 0 and config.launch.backend != "gloo"):
+        raise ConfigError(broken[0][1], where=broken[0][0])
     local = [path for path in profile.local_paths if run.path.is_relative_to(path)]
     if profile.nodes > 1 and local:
         raise ConfigError(
@@ -205,10 +240,21 @@ def check_all(config: Config, profile: ClusterProfile, run: RunDirectory) -> Non
         check_identity(config, run.settings_document(), run.config)
     if (over := record.final_state(run)).get("state") == "finished":
         raise LaunchError(f"the run is finished: {over['why']}", where=str(run.path), hint="Choose another run.name")
-    _refuse_living(run)
+    refuse_living(run)
+    if config.checkpoint.resume == "never" and catalog.rows(run.checkpoints):
+        raise CheckpointError(
+            "checkpoint.resume=never, but the run has checkpoints",
+            where=str(run.checkpoints),
+            hint="Choose another run.directory, or checkpoint.resume=auto to resume",
+        )
 
 
-def _refuse_living(run: RunDirectory) -> None:
+def refuse_living(run: RunDirectory) -> None:
+    """Refuse a run that has a running or pending job.
+
+    Raises:
+        AlreadySubmitted: with the job.
+    """
     if alive := living(run):
         raise AlreadySubmitted(
             f"job {alive[0].id} of this run is {alive[0].state.lower()}",
@@ -268,7 +314,7 @@ def _made(path: Path) -> Path:
     return path
 
 
-def _possible(profile: ClusterProfile) -> limits.Partition | None:
+def possible(profile: ClusterProfile) -> limits.Partition | None:
     """The partition in which the job can run; ``None`` if Slurm chooses it.
 
     Raises:

@@ -17,10 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch import notifications
-from launch.slurm import excluded_nodes, job_end, node_checks, successor, takeover
+from launch import host_memory, notifications
+from launch.slurm import excluded_nodes, job_end, memory_keepers, node_checks, successor, takeover
 from launch.slurm import slurm_commands as tools
-from launch.slurm.decide import AttemptResult, Budgets, Decision, decide, spent
+from launch.slurm.decide import RESTARTABLE, AttemptResult, Budgets, Decision, decide, spent
+from launch.slurm.job_nodes import JobNodes
 from launch.slurm.preflight import is_full
 from launch.slurm.steps import Step, filled, free_port
 from pipeline.errors import LaunchError
@@ -42,7 +43,8 @@ class Supervisor:
     """
 
     def __init__(self, run: RunDirectory, environment: dict[str, str]) -> None:
-        self.run, self.env = run, environment
+        own = (host_memory.VARIABLE, host_memory.LAST_START)
+        self.run, self.env = run, {name: value for name, value in environment.items() if name not in own}
         self.job = int(environment["SLURM_JOB_ID"])
         self.life = int(environment.get("SLURM_RESTART_COUNT", 0))
         self.facts = record.job(run)
@@ -53,6 +55,8 @@ class Supervisor:
         self._settled = False
         self._beats, self._alive, self._looked, self._hung, self._replaced = "", time.monotonic(), 0.0, False, False
         self._full = ""
+        self._restarts = int(self.facts.get("restarts", 0))
+        self._nodes = JobNodes(self.job, int(self.facts.get("nodes", 1)), int(self.facts.get("spare", 0)), self.env)
 
     def attend(self) -> int:
         """Run the whole attempt; returns the batch script's exit code."""
@@ -73,7 +77,13 @@ class Supervisor:
             decision = Decision("fail", str(record.endings(self.run)[-1].get("cause")), gives_up, spent=True)
             code = self._finish(decision)
         else:
-            decision = self._attempt()
+            with contextlib.ExitStack() as stack:
+                self._keep_memory(stack)
+                self._announce_last()
+                decision = self._attempt()
+                while self._restartable(decision):
+                    self._announce_last()
+                    decision = self._attempt()
             code = self._act(decision)
         if not self._replaced:
             self._notify(decision)  # last: nothing waits for it
@@ -86,7 +96,7 @@ class Supervisor:
         self.watch.begin()
         if self.facts["after"] != "requeue":
             self._guard()
-        before, self.attempt = record.saved_step(self.run), self.run.next_attempt()
+        before, self.attempt = self._kept_step(), self.run.next_attempt()
         history = record.endings(self.run)
         self._write(self.run.write, "live.json", {"job": self.job, "life": self.life, "host": socket.gethostname()})
         start = {"job": self.job, "life": self.life, "nodes": self.env.get("SLURM_JOB_NODELIST", ""), "before": before}
@@ -104,7 +114,7 @@ class Supervisor:
             stop_reason=self.stop_reason,
             hung=self._hung,
             before=before,
-            after=record.saved_step(self.run),
+            after=self._kept_step(),
             bad_nodes=nodes.bad,
             everywhere=nodes.everywhere,
             full=self._full or nodes.full,
@@ -116,18 +126,73 @@ class Supervisor:
             self._write(record.exclude, self.run, dict(decision.exclude), float(self.facts.get("exclude_hours", 24.0)))
         return decision
 
+    def _keep_memory(self, stack: contextlib.ExitStack) -> None:
+        """Make the folders for snapshots in host memory, if the run takes any."""
+        if not self.facts.get("snapshots"):
+            return
+        try:
+            if self.facts["nodes"] == 1:
+                value = str(stack.enter_context(host_memory.folder(self.run.path)))
+            else:
+                log = self.run.path / "logs" / f"memory-{self.job}.log"
+                log.parent.mkdir(parents=True, exist_ok=True)
+                python, nodes = str(self.facts["host_python"]), self._nodes.usable
+                value = stack.enter_context(memory_keepers.kept(self.run.path, nodes, python, self.env, log))
+        except (LaunchError, OSError) as error:
+            self._log(f"warning: no snapshots are taken ({error})")
+            return
+        self.env[host_memory.VARIABLE] = value
+
+    def _kept_step(self) -> int:
+        """Number of steps of what the next attempt continues from, on disk or in host memory; -1 for nothing."""
+        folder = host_memory.of_this_node(self.env)
+        return max(record.saved_step(self.run), host_memory.newest_step(folder) if folder else -1)
+
+    def _restartable(self, decision: Decision) -> bool:
+        """Whether the ranks are started again within this job."""
+        ending = self.stop_reason or self.watch.end is not None or self._replaced or self._full
+        if ending or not self._restarts or decision.action != "requeue":
+            return False
+        if change := self._nodes.drop(decision.exclude):
+            self._log(change)
+        others = decision.cause == "node" and self.facts.get("spare")
+        if not self._nodes.enough or not (others or decision.cause in RESTARTABLE):
+            return False
+        self._restarts -= 1
+        self._log(f"attempt {self.attempt}: {decision.why} → the ranks start again in this job, {self._restarts} restarts left")
+        self._beats, self._hung, self._alive = "", False, time.monotonic()
+        return True
+
+    def _announce_last(self) -> None:
+        """Tell the ranks that no restart is left, so that no later start would read their snapshots."""
+        if not self._restarts:
+            self.env[host_memory.LAST_START] = "1"
+
     def _run_ranks(self) -> tuple[int, node_checks.NodeProblems, dict[str, Any] | None]:
         """Check the nodes, then start the ranks; returns their exit code, the nodes' problems, and the first failure."""
         logs = self.run.logs(self.attempt)
         try:
             logs.mkdir(parents=True, exist_ok=True)
-            nodes = node_checks.check_nodes(self.job, self.run.path, logs, self.facts, self.env, self._look)
+            self.env |= self._nodes.variables()
+            facts = {**self.facts, "nodes": len(self._nodes.usable) or self.facts["nodes"]}
+            nodes = node_checks.check_nodes(
+                self.job, self.run.path, logs, facts, self.env, self._look, self._nodes.step_options(all_usable=True)
+            )
             for node, why in nodes.bad.items():
                 self._log(f"preflight: {node}: {why}")
             self._heed()
+            if nodes.bad and self.facts.get("spare"):
+                self._nodes.drop(nodes.bad)
+            if nodes.bad and self.facts.get("spare") and self._nodes.enough:
+                self._log(f"the ranks run on {', '.join(self._nodes.training)}")
+                self._write(record.exclude, self.run, dict(nodes.bad), float(self.facts.get("exclude_hours", 24.0)))
+                self.env |= self._nodes.variables()
+                nodes = node_checks.NodeProblems()
             if nodes.bad or self.stop_reason:
                 return 0, nodes, None
-            if slow := node_checks.check_links(self.job, logs, self.attempt, self.facts, self.env, self._look):
+            if slow := node_checks.check_links(
+                self.job, logs, self.attempt, self.facts, self.env, self._look, self._nodes.step_options()
+            ):
                 self._log(f"preflight: {slow}")
                 row = {"kind": "Links", "cause": "node", "retryable": True, "what": slow, "rank": -1, "code": 1, "step": 0}
                 return 1, nodes, row
@@ -137,6 +202,7 @@ class Supervisor:
         code = 0
         for _ in range(_MEETINGS if not self.stop_reason else 0):
             command = [filled(argument, logs) for argument in self.facts["srun"]]
+            command[1:1] = self._nodes.step_options()
             environment = {**self.env, "MASTER_PORT": str(free_port()), "FOVEA_ATTEMPT": str(self.attempt)}
             self._alive = time.monotonic()
             code = Step(self.job, command, environment).wait(self._look)

@@ -135,7 +135,7 @@ def _dali_view(images: Any, spec: ViewSpec, view: int, hue: bool) -> Any:
     assert spec.crop_scale is not None
     x = fn.random_resized_crop(
         images,
-        size=[spec.size, spec.size],
+        size=list(spec.shape),
         random_area=list(spec.crop_scale),
         random_aspect_ratio=list(spec.crop_ratio),
         interp_type=types.INTERP_CUBIC,

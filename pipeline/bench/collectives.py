@@ -17,13 +17,9 @@ pass. With ring algorithms an all-reduce makes each rank send ``2 (R-1)/R`` of i
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -32,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from pipeline.bench.plain import Plain, Size, batch_of
+from pipeline.bench.ranks import on_ranks
 from pipeline.errors import ConfigError
 from pipeline.methods.base import Step
 from pipeline.training.engine import Engine, EngineOptions
@@ -159,22 +156,7 @@ def measure(options: Options, *, log: Callable[[str], None] = lambda _: None) ->
     if options.ranks < 2:
         raise ConfigError("must be at least 2", where="--ranks", hint="Choose 2 or more: a single rank has no collectives")
     log(f"starting {options.ranks} ranks")
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory(prefix="fovea-bench-") as folder:
-        ours, theirs = context.Pipe(duplex=False)
-        ranks = [context.Process(target=_serve, args=(rank, options, folder, theirs)) for rank in range(options.ranks)]
-        for process in ranks:
-            process.start()
-        theirs.close()
-        try:
-            seen = ours.recv()
-        except EOFError as error:
-            raise ConfigError(
-                "the ranks ended without a result", where="fovea bench collectives", hint="See their output above"
-            ) from error
-        finally:
-            for process in ranks:
-                process.join()
+    seen = on_ranks(_stages, options.ranks, command="fovea bench collectives", options=options)
     elements = options.depth * (options.width**2 + options.width)
     return [
         Counted(stage, **counts, expected=expected(elements, elements, stage=stage, accumulation=options.accumulation))
@@ -182,18 +164,9 @@ def measure(options: Options, *, log: Callable[[str], None] = lambda _: None) ->
     ]
 
 
-def _serve(rank: int, options: Options, folder: str, pipe: Any) -> None:
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    torch.set_num_threads(1)
-    store = Path(folder) / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=options.ranks)
-    sizes = {"width": options.width, "depth": options.depth, "accumulation": options.accumulation}
-    seen = [count(stage, **sizes) for stage in STAGES]
-    if rank == 0:
-        pipe.send(seen)
-    pipe.close()
-    dist.barrier()
-    dist.destroy_process_group()
+def _stages(options: Options) -> list[dict[str, dict[str, int]]]:
+    """On a rank: calls and bytes of each stage."""
+    return [count(stage, width=options.width, depth=options.depth, accumulation=options.accumulation) for stage in STAGES]
 
 
 def on_the_wire(kind: str, payload: int, ranks: int) -> float:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
 from pipeline.config.schema import Config
+from pipeline.config.sizes import Size, grid_of
 from pipeline.data.augment.settings import GLOBAL_VIEWS
 from pipeline.estimate import flops
 from pipeline.methods.clip.settings import ClipSettings
@@ -80,11 +82,11 @@ def _dinov2(model: ModelSettings, s: Dinov2Settings) -> float | None:
     prefix = 1 + model.registers
     keep = 1 - model.drop_path if model.batched_drop_path else 1.0
 
-    def forward(side: int, read: float | None = None) -> float:
-        return flops.tower(side, patch, width, depth, prefix=prefix, gated=gated, hidden=hidden, read=read)
+    def forward(size: Size, read: float | None = None) -> float:
+        return flops.tower(size, patch, width, depth, prefix=prefix, gated=gated, hidden=hidden, read=read)
 
     v = s.views
-    hidden_patches = GLOBAL_VIEWS * s.mask_probability * sum(s.mask_ratio) / 2 * (v.global_size // patch) ** 2
+    hidden_patches = GLOBAL_VIEWS * s.mask_probability * sum(s.mask_ratio) / 2 * _patches(v.global_size, patch)
     read = 1 + hidden_patches / GLOBAL_VIEWS
     teacher = GLOBAL_VIEWS * forward(v.global_size, read)
     seen = GLOBAL_VIEWS * forward(v.global_size, None if s.gram_weight else read)
@@ -100,16 +102,20 @@ def _dinov2(model: ModelSettings, s: Dinov2Settings) -> float | None:
     return anchor + teacher + student + teacher_tokens * (head + again) + 3 * student_tokens * head
 
 
+def _patches(size: Size, patch: int) -> int:
+    return math.prod(grid_of(size, patch))
+
+
 def _clip(model: ModelSettings, s: ClipSettings) -> float | None:
     shape = _shape(model)
     if shape is None:
         return None
     width, depth, patch, gated, hidden = shape
     kept = 1 - s.patch_dropout
-    patches = int((s.views.global_size // patch) ** 2 * kept)
+    patches = int(_patches(s.views.global_size, patch) * kept)
     image = (depth - 1) * flops.block(patches + 1, width, hidden=hidden, gated=gated)
     image += flops.block(patches + 1, width, hidden=hidden, gated=gated, read=1)
-    image += 2.0 * (s.views.global_size // patch) ** 2 * 3 * patch**2 * width
+    image += 2.0 * _patches(s.views.global_size, patch) * 3 * patch**2 * width
     text = flops.text_tower(s.text.context_length, s.text.sizes.width, s.text.sizes.depth, s.embed_dim or s.text.sizes.embed)
     return 3 * (image + text)
 

@@ -168,10 +168,10 @@ def batch_at(method: Method, samples: int, number: int) -> Batch:
 
 def _masks(view: ViewSpec, samples: int, number: int) -> Masks:
     assert view.mask is not None
-    side, total = view.size // view.mask.patch, samples * _WORLD
-    crops, patches = view.count * total, side * side
+    (rows, columns), total = view.grid(view.mask.patch), samples * _WORLD
+    crops, patches = view.count * total, rows * columns
     counts = block_masks.mask_counts(crops, patches, view.mask, number).reshape(total, view.count)[:samples].T.reshape(-1)
-    grid = block_masks.block_masks(counts, side, side, np.arange(len(counts), dtype=np.uint64), number)
+    grid = block_masks.block_masks(counts, rows, columns, np.arange(len(counts), dtype=np.uint64), number)
     weight = np.repeat(1.0 / np.maximum(counts, 1), counts).astype(np.float32)
     masks = Masks(torch.from_numpy(grid), torch.from_numpy(np.flatnonzero(grid)), torch.from_numpy(weight))
     if not hasattr(masks, "capacity"):  # an earlier checkout

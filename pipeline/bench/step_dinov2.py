@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 
 from pipeline.bench.official import Official, missing
 from pipeline.bench.pairs import Contest
+from pipeline.config.sizes import Size, grid_of, height_width
 from pipeline.data.augment.masks import block_masks, mask_counts
 from pipeline.data.augment.settings import MultiCropSettings
 from pipeline.data.augment.views import Batch, Masks
@@ -99,14 +101,14 @@ def _batch(settings: Dinov2Settings, patch: int, samples: int, device: torch.dev
     spec = dinov2_views(settings, patch=patch)[0].mask
     assert spec is not None
     v, rows = settings.views, 2 * samples
-    side = v.global_size // patch
+    grid = grid_of(v.global_size, patch)
     ids = np.arange(rows, dtype=np.uint64)
-    hidden = torch.from_numpy(block_masks(mask_counts(rows, side * side, spec, 0), side, side, ids, 0, 1))
+    hidden = torch.from_numpy(block_masks(mask_counts(rows, math.prod(grid), spec, 0), *grid, ids, 0, 1))
     weight = (1.0 / hidden.sum(1, keepdim=True).clamp(min=1)).expand(hidden.shape)[hidden]
     masks = Masks(hidden.to(device), hidden.flatten().nonzero().flatten().to(device), weight.to(device))
 
-    def images(count: int, side: int) -> list[torch.Tensor]:
-        return [torch.randn(samples, 3, side, side, device=device) for _ in range(count)]
+    def images(count: int, size: Size) -> list[torch.Tensor]:
+        return [torch.randn(samples, 3, *height_width(size), device=device) for _ in range(count)]
 
     return Batch(
         views={"global": images(2, v.global_size), "local": images(v.local_count, v.local_size)},

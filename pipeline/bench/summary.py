@@ -163,6 +163,25 @@ def _trainer_overhead(d: Document) -> list[Row]:
     return [Row(*row, f"{trainer - engine:.2f} ms more")]
 
 
+def _signatures(d: Document) -> list[Row]:
+    signature, step = (statistics.median(d[name]) * 1e3 for name in ("signature", "step"))
+    return [Row("signature of a step", f"{signature:.2f} ms", f"{step:.0f} ms the step", f"{100 * signature / step:.2f}% of it")]
+
+
+def _verification(d: Document) -> list[Row]:
+    verified, plain = (statistics.median(d[name]) * 1e3 for name in ("verified", "plain"))
+    return [
+        Row("verified step, CPU time", f"{verified:.0f} ms", f"{plain:.0f} ms another step", f"{verified / plain:.2f} x as long")
+    ]
+
+
+def _curation(d: Document) -> list[Row]:
+    own = [r["row"] for r in d["rows"] if r["stage"] == "duplicates" and r["row"]["threshold"] == "0.97"]
+    removed, lost = ([float(row[name].rstrip(" %")) for row in own] for name in ("removed copies", "lost originals"))
+    recall = f"{min(removed):.1f} to {max(removed):.1f} % removed"
+    return [Row("planted near-duplicates, cosine 0.97", recall, "what was planted", f"{max(lost):.1f} % of originals lost")]
+
+
 def _determinism(d: Document) -> list[Row]:
     strict, normal = (min(d["cases"][name]["seconds"]) for name in ("deterministic", "normal"))
     return [Row("deterministic mode", f"{strict:.2f} s", f"{normal:.2f} s normal", f"{strict / normal:.2f} x as long")]
@@ -280,6 +299,60 @@ def _loaders(d: Document) -> list[Row]:
     return [Row(measure, f"{ours[1]:,.0f}", f"{best:,.0f} {name}, the fastest of {len(others)}", _speed(ours[1] / best))]
 
 
+def _chaos(d: Document) -> list[Row]:
+    rows = [row for row in d["rows"] if row["kind"] not in ("none", "slurm-none")]
+    equal, lost = sum(row["equal"] for row in rows), statistics.median(row["seconds_lost"] for row in rows)
+    kinds, samples = len({row["kind"] for row in rows}), sum(row["samples_wrong"] for row in rows)
+    measure = f"runs under {len(rows)} faults of {kinds} kinds that end with the bits of an undisturbed run"
+    return [Row(measure, f"{equal}", f"{len(rows)} faults", f"{lost:.1f} s lost (median), {samples} samples")]
+
+
+def _data_versions(d: Document) -> list[Row]:
+    rows = []
+    for hue, both in d["milliseconds"].items():
+        now, before = (statistics.median(both[name]) for name in ("now", "before"))
+        pixels = "the same pixels" if d["equal"][hue] else "other pixels"
+        measure = f"CPU ms per image of 8-bit RGB, hue {hue}, beside the version before declared channels; {pixels}"
+        rows.append(Row(measure, f"{now:.2f} ms", f"{before:.2f} ms before", _speed(before / now)))
+    return rows
+
+
+def _kills(d: Document) -> list[Row]:
+    deaths = d["deaths"]
+    seconds = [death["noticed"] + death["started"] for death in deaths]
+    again = [death["step"] - death["resumed"] for death in deaths]
+    measure = (
+        f"seconds from the death of a rank to the next step ({len(deaths)} in one run, which ends with the undisturbed bits)"
+    )
+    if not d["equal"]:
+        measure = measure.replace("which ends with the", "which does not end with the")
+    figures = f"{d['cold']:.1f} s to the first step of the first start", f"{statistics.median(again):g} steps redone (median)"
+    return [Row(measure, f"{statistics.median(seconds):.1f} s (median)", *figures)]
+
+
+def _failures(d: Document) -> list[Row]:
+    rows = []
+    for point in (point for point in d["points"] if point["nodes"] in (64, 512, 2048)):
+        ours, default = (100 * point[name][0] for name in ("repaired", "default"))
+        measure = f"simulated goodput on {point['nodes']:,} nodes, best interval and snapshots"
+        rows.append(Row(measure, f"{ours:.1f} %", f"{default:.1f} % every 3,750 steps", f"{ours - default:+.1f} points"))
+    return rows
+
+
+def _snapshots(d: Document) -> list[Row]:
+    plain, every = statistics.median(d["seconds"]["none"]), d["options"]["every"]
+    rows = []
+    for case, title in (
+        ("snapshot_every_n", f"a snapshot in host memory every {every} steps"),
+        ("snapshot_every_step", "a snapshot in host memory every step"),
+        ("checkpoint_every_n", f"a checkpoint every {every} steps"),
+    ):
+        times = [ours / theirs for ours, theirs in zip(d["seconds"][case], d["seconds"]["none"], strict=True)]
+        ours = f"{statistics.median(d['seconds'][case]):.3f} s"
+        rows.append(Row(f"a step with {title}", ours, f"{plain:.3f} s without", f"{agreement.interval(times).times()} x as long"))
+    return rows
+
+
 _READERS: dict[str, Callable[[Document], list[Row]]] = {
     "data-cpu": _data,
     "step-clip-cpu-20": _step(20),
@@ -289,6 +362,9 @@ _READERS: dict[str, Callable[[Document], list[Row]]] = {
     "checkpoint-cpu": _checkpoint,
     "resume-cpu": _resume,
     "trainer-overhead-cpu": _trainer_overhead,
+    "signatures-cpu": _signatures,
+    "verification-cpu": _verification,
+    "curation-cpu": _curation,
     "determinism-cpu": _determinism,
     "collectives-cpu": _collectives,
     "flops": _flops,
@@ -299,5 +375,10 @@ _READERS: dict[str, Callable[[Document], list[Row]]] = {
     "scale-cpu": _scale,
     "recompilations": _recompilations,
     "loaders-cpu": _loaders,
+    "chaos-cpu": _chaos,
+    "kills-cpu": _kills,
+    "data-versions-cpu": _data_versions,
+    "failures": _failures,
+    "snapshots-cpu": _snapshots,
 }
 _MAIN = ("data-cpu", "step-clip-cpu-20", "step-dinov2-cpu", "prototype-loss-cpu", "checkpoint-cpu")

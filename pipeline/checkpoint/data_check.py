@@ -15,6 +15,7 @@ from pipeline.untrusted import plain_name
 _ACCEPTABLE = {
     "fingerprint",
     "sources",
+    "selection",
 }  # changes that checkpoint.allow_data_change permits; all others are settings that can be restored
 _NAMED = 5
 

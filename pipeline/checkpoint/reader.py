@@ -7,6 +7,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from pipeline.checkpoint.files import Saved, rank_file
 from pipeline.checkpoint.fragments import ShardedWeights
 from pipeline.checkpoint.manifest import FIXED, UNSHARDED
-from pipeline.checkpoint.snapshot import unsharded_tensors
+from pipeline.checkpoint.snapshot import Snapshot, unsharded_tensors
 from pipeline.checkpoint.tensor_writer import begins
 from pipeline.errors import CheckpointError
 from pipeline.methods.base import Method
@@ -166,6 +167,60 @@ def _compare(ours: dict[str, list[int]], theirs: dict[str, list[int]], where: Pa
             where=str(where),
             hint="Resume with the config that it was written with, or start a new run",
         )
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """A tensor whose bits differ from those of a checkpoint.
+
+    Attributes:
+        name: its name in the file, such as ``master/backbone.blocks.0.norm1.weight``.
+        elements: number of elements compared.
+        differing: how many of them differ.
+        largest: largest absolute difference; NaN if one of both is not a number.
+    """
+
+    name: str
+    elements: int
+    differing: int
+    largest: float
+
+
+def differing(saved: Saved, snapshot: Snapshot) -> list[TensorDifference]:
+    """Compares a rank's part of the current state with a checkpoint of any world size, bit for bit.
+
+    Args:
+        saved: the checkpoint.
+        snapshot: this rank's part, in the order of the parameters.
+
+    Raises:
+        CheckpointError: a tensor is missing in the checkpoint, or has another size.
+    """
+    differences = []
+    with closing(_Pieces(saved)) as pieces:
+        for key, tensor in snapshot.pieces.items():
+            kind, _, name = key.partition("/")
+            start, length = snapshot.table[name]
+            differences += _difference(key, tensor, pieces.read(kind, name, start, length))
+    unsharded = snapshot.unsharded | snapshot.fixed
+    if unsharded:
+        for path in unsharded_files(saved):
+            with opened(path) as file:
+                for key in file.keys():  # noqa: SIM118
+                    if key in unsharded:
+                        differences += _difference(key, unsharded[key], file.get_tensor(key))
+    return differences
+
+
+def _difference(name: str, ours: Tensor, theirs: Tensor) -> list[TensorDifference]:
+    ours, theirs = ours.detach().cpu().reshape(-1), theirs.reshape(-1)
+    if (ours.dtype, len(ours)) != (theirs.dtype, len(theirs)):
+        return [TensorDifference(name, len(ours), len(ours), math.nan)]
+    if len(ours) == 0 or torch.equal(ours.contiguous().view(torch.uint8), theirs.contiguous().view(torch.uint8)):
+        return []
+    unequal = (ours != theirs) & ~(ours.isnan() & theirs.isnan())
+    largest = float((ours.double() - theirs.double()).abs().max())
+    return [TensorDifference(name, len(ours), int(unequal.sum()), largest)]
 
 
 def read_teacher(saved: Saved) -> Iterator[tuple[str, Tensor]]:

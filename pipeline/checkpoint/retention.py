@@ -48,14 +48,16 @@ class Retention:
     """The retention rule.
 
     Attributes:
-        last: number of newest checkpoints to keep; at least two are kept, because the newest may turn out to be damaged.
+        last: number of newest checkpoints to keep.
         every: keep the first checkpoint at or after each multiple of this many steps permanently; 0 for none.
         best: metric whose highest-scoring checkpoint is kept, ``None`` for none.
+        fewest: number of newest checkpoints that are kept at least: two, because the newest may turn out to be damaged.
     """
 
     last: int = 3
     every: int = 0
     best: str | None = None
+    fewest: int = 2
 
     def best_of(self, marks: Iterable[Mark]) -> Mark | None:
         """The mark with the highest score, the first of equal ones; ``None`` if none has a score."""
@@ -72,7 +74,7 @@ class Retention:
             for mark in sorted(ordered, key=lambda mark: mark.step):
                 first.setdefault(mark.step // self.every, mark)
             kept |= {mark.name for window, mark in first.items() if window}
-        return [mark for mark in ordered[: -max(self.last, 2)] if mark.name not in kept]
+        return [mark for mark in ordered[: -max(self.last, self.fewest)] if mark.name not in kept]
 
 
 def write_best(directory: Path, metric: str, best: Mark) -> None:

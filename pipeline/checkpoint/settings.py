@@ -18,6 +18,11 @@ class CheckpointSettings(Settings):
 
     every: Length = Field(default=Length(3750, "steps"), description="interval between two checkpoints")
     async_save: bool = Field(default=True, description="copy the state to host memory and write it while training continues")
+    snapshot_every: Length | None = Field(
+        default=None,
+        description="interval between two snapshots in host memory (/dev/shm), from which launch.restarts continues; on several "
+        "nodes each keeps a copy of its neighbour's too; null takes none",
+    )
     max_failures: Count = Field(default=3, description="failed checkpoints in a row after which the run stops")
     keep_last: Count = Field(default=3, description="number of most recent checkpoints to keep")
     keep_every: Length | None = Field(

@@ -19,8 +19,9 @@ class Snapshot:
     Attributes:
         pieces: master/<name>, exp_avg/<name>, exp_avg_sq/<name> and teacher/<name>, fp32 ``[elements]``.
         table: first element and number of elements of each parameter's fragment.
-        unsharded: on rank 0 the tensors that are the same on all ranks and are written once; empty on other ranks.
-        fixed: on rank 0 those that never change in the run (``Method.constant_names``); empty if they are not requested.
+        unsharded: the tensors that are the same on all ranks, on the one that writes them (once, or once on each node); empty on
+            others.
+        fixed: of these, those that never change in the run (``Method.constant_names``); empty if they are not requested.
     """
 
     pieces: dict[str, Tensor]
@@ -38,13 +39,13 @@ class Staging:
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
 
-    def take(self, engine: ShardedWeights, method: Method, *, rank: int, copy: bool, fixed: bool = True) -> Snapshot:
+    def take(self, engine: ShardedWeights, method: Method, *, unsharded: bool, copy: bool, fixed: bool = True) -> Snapshot:
         """Takes this rank's part of a checkpoint of the current state; collective over all ranks.
 
         Args:
             engine: provides the fragments.
             method: provides teacher, extra state and frozen parameters.
-            rank: this rank; rank 0 holds the whole tensors.
+            unsharded: whether this rank takes the tensors that are the same on all ranks.
             copy: copy to host memory. Otherwise the pieces are the live tensors, and training must wait until they are
                 written.
             fixed: include the tensors that never change.
@@ -59,11 +60,11 @@ class Staging:
             pieces[f"teacher/{name}"] = piece
         with engine.gathered():
             # ZeRO stage 3 shards whole tensors again at the end of this block, so they are always copied.
-            tensors = unsharded_tensors(method, engine) if rank == 0 else {}
+            tensors = unsharded_tensors(method, engine) if unsharded else {}
             constant = {name: t for name, t in tensors.items() if name.partition("/")[2] in method.constant_names}
-            unsharded = self._copied({name: t for name, t in tensors.items() if name not in constant}, "whole")
+            common = self._copied({name: t for name, t in tensors.items() if name not in constant}, "whole")
             once = {name: t.detach().to("cpu", copy=True) for name, t in constant.items()} if fixed else {}
-        return Snapshot(self._copied(pieces, "piece") if copy else pieces, table, unsharded, once)
+        return Snapshot(self._copied(pieces, "piece") if copy else pieces, table, common, once)
 
     def _copied(self, tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
         copies = {}

@@ -19,15 +19,19 @@ A save passes through two states and ends with an outcome. *Writing*: every rank
 background thread writes it. *Committing*: at a later step boundary all ranks have learned, in an all-reduce that happens at every
 step anyway, that all have written; a thread of rank 0 writes the manifest, renames and prunes. At another such boundary all ranks
 learn the *outcome*.
-Only the main thread communicates with other ranks.
+Only the main thread communicates with other ranks; for the copies on other nodes, a group of their own is used by the thread that
+writes. "Rank 0" below is the first rank of each node, where nodes write to their own memory, and what is old is then deleted only
+when all have committed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -40,16 +44,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.checkpoint.catalog import Catalog, Row, rows
+from pipeline.checkpoint.digests import group_digests
 from pipeline.checkpoint.files import Saved, entry, fsync_path, rank_file
 from pipeline.checkpoint.fragments import ShardedWeights
 from pipeline.checkpoint.manifest import FIXED, FORMAT, MANIFEST, UNSHARDED
+from pipeline.checkpoint.neighbours import NodePlace, exchange
 from pipeline.checkpoint.retention import Retention, write_best
 from pipeline.checkpoint.snapshot import Snapshot, Staging
 from pipeline.checkpoint.tensor_writer import write_tensors
 from pipeline.errors import CheckpointError, CheckpointWriteError
 from pipeline.methods.base import Method
 
-_TEMPORARY = ".tmp-"
+TEMPORARY = ".tmp-"
 
 
 class Saving(IntEnum):
@@ -104,6 +110,15 @@ class Checkpoints:
         group: a gloo group for agreement between ranks, ``None`` for the default group.
         on_commit: called by rank 0, in another thread, with each committed checkpoint.
         pinned: names of checkpoints that must not be deleted at the moment.
+        sign: compute :attr:`digests`.
+        fewest: number of newest checkpoints that are kept whatever ``keep_last`` says.
+        nodes: this rank among several nodes whose folders are in their own memory: each then holds the files of its ranks and
+            those of the node before, and what is the same on all ranks. ``None`` if all ranks share the directory.
+        private: write only into a directory that is there and is this user's alone.
+
+    Attributes:
+        digests: digests of this rank's part of the checkpoint that was committed last, see
+            :func:`pipeline.checkpoint.digests.group_digests`.
     """
 
     def __init__(
@@ -117,16 +132,23 @@ class Checkpoints:
         group: dist.ProcessGroup | None = None,
         on_commit: Callable[[Saved], None] | None = None,
         pinned: Callable[[], set[str]] = set,
+        sign: bool = False,
+        fewest: int = 2,
+        nodes: NodePlace | None = None,
+        private: bool = False,
     ) -> None:
         self.directory, self._group = directory, group
-        self._retention, self._max_failures = Retention(keep_last, keep_every, keep_best), max_failures
-        self._on_commit, self._pinned = on_commit, pinned
+        self._retention, self._max_failures = Retention(keep_last, keep_every, keep_best, fewest), max_failures
+        self._on_commit, self._pinned, self._sign = on_commit, pinned, sign
+        self.digests: dict[str, str] = {}
         self._staging, self._consecutive_failures = Staging(), 0
         self._pending: _Pending | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._fixed: tuple[Path, dict[str, Any]] | None = None
         self._rows: dict[str, Row] | None = None
         self._catalog = Catalog(directory)
+        self._nodes, self._private = nodes, private
+        self._leads = nodes.leads if nodes is not None else dist.get_rank() == 0
 
     def save(self, engine: ShardedWeights, method: Method, manifest_fields: dict[str, Any]) -> Path:
         """Writes and commits a checkpoint synchronously; collective over all ranks.
@@ -196,11 +218,15 @@ class Checkpoints:
             return Outcome(step, None, error, self._consecutive_failures)
         if pending.committing:
             self._pending, self._consecutive_failures = None, 0
+            if self._leads and self._nodes is not None:
+                self._thread.submit(self._prune)  # now that no node needs the one before
             return Outcome(step, pending.final)
         written: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(written, pending.job.result(), group=self._group)
+        part = dict(pending.job.result())
+        self.digests = part.pop("digests")
+        dist.all_gather_object(written, part, group=self._group)
         pending.committing = True
-        if dist.get_rank() == 0:
+        if self._leads:
             pending.job = self._thread.submit(self._commit, pending, written)
         return None
 
@@ -226,6 +252,10 @@ class Checkpoints:
         if self._pending is not None and self._pending.committing:
             wait([self._pending.job])
 
+    def release(self) -> None:
+        """Waits for the background thread and ends it; nothing can be saved afterwards."""
+        self._thread.shutdown(wait=True)
+
     def _begin(self, engine: ShardedWeights, method: Method, manifest_fields: dict[str, Any], *, copy: bool) -> None:
         """Takes a snapshot and starts writing it. Main thread, collective.
 
@@ -235,49 +265,79 @@ class Checkpoints:
         """
         name = f"step_{manifest_fields['step']:09d}"
         rank = dist.get_rank()
-        temporary = self.directory / f"{_TEMPORARY}{name}"
+        temporary = self.directory / f"{TEMPORARY}{name}"
         known = self._fixed if self._fixed is not None and self._fixed[0].is_file() else None
-        snapshot = self._staging.take(engine, method, rank=rank, copy=copy, fixed=known is None)
+        snapshot = self._staging.take(engine, method, unsharded=self._leads, copy=copy, fixed=known is None)
         failed: Exception | None = None
         try:
-            if rank == 0:
+            if self._leads:
                 self._prepare(temporary)
         except OSError as error:
             failed = error
         dist.barrier(group=self._group)  # no rank may write before the directory exists, or into one that is about to be deleted
-        job: Future[Any] = Future()
-        if failed is not None:
-            job.set_exception(failed)
-        else:
-            job = self._thread.submit(self._write, temporary, snapshot, rank, known)
+        job = self._thread.submit(self._write, temporary, snapshot, rank, known, failed)
         shapes = {name: list(shape) for name, shape in engine.shapes.items()}
         self._pending = _Pending(temporary, self.directory / name, {**manifest_fields, "shapes": shapes}, job)
 
     def _prepare(self, temporary: Path) -> None:
-        """Creates an empty directory to write to. Main thread of rank 0."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        """Creates an empty directory to write to. Main thread of rank 0, or of the first rank of each node.
+
+        Raises:
+            OSError: it cannot be made; or the private folder is not there, or not this user's alone.
+        """
+        if self._private:
+            about = self.directory.lstat()
+            if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid() or about.st_mode & 0o077:
+                raise PermissionError(errno.EPERM, "it is not a folder of this user alone", str(self.directory))
+        else:
+            self.directory.mkdir(parents=True, exist_ok=True)
         if temporary.exists():
             temporary.rename(self._trash_path(temporary.name))
         temporary.mkdir()
 
-    def _write(self, temporary: Path, snapshot: Snapshot, rank: int, known: tuple[Path, dict[str, Any]] | None) -> dict[str, Any]:
-        """Writes a rank's files; returns its fragment table and file entries for the manifest. Background thread of each rank."""
+    def _write(
+        self,
+        temporary: Path,
+        snapshot: Snapshot,
+        rank: int,
+        known: tuple[Path, dict[str, Any]] | None,
+        failed: Exception | None,
+    ) -> dict[str, Any]:
+        """Writes a rank's files, and copies them to another node; unless the directory could not be made. In the background."""
+        try:
+            if failed is not None:
+                raise failed
+            written = self._write_files(temporary, snapshot, rank, known)
+        except Exception:
+            if self._nodes is not None:  # another node waits for it
+                with contextlib.suppress(OSError):
+                    exchange(self._nodes, None, temporary / rank_file(self._nodes.source))
+            raise
+        if self._nodes is not None:
+            exchange(self._nodes, temporary / rank_file(rank), temporary / rank_file(self._nodes.source))
+        return written
+
+    def _write_files(
+        self, temporary: Path, snapshot: Snapshot, rank: int, known: tuple[Path, dict[str, Any]] | None
+    ) -> dict[str, Any]:
+        """Writes a rank's files; returns its fragment table, file entries for the manifest, and digests. In the background."""
         device = next((tensor.device for tensor in snapshot.pieces.values() if tensor.is_cuda), None)
         if device is not None:
             torch.cuda.set_device(device)  # a new thread starts on the first one
-        if rank == 0:
-            for stale in self.directory.glob(f"{_TEMPORARY}*"):
+        if self._leads:
+            for stale in self.directory.glob(f"{TEMPORARY}*"):
                 if stale != temporary:
                     shutil.rmtree(stale)
         files = [write_tensors(temporary / rank_file(rank), snapshot.pieces)]
-        if rank == 0:
+        if self._leads:
             files.append(write_tensors(temporary / UNSHARDED, snapshot.unsharded))
             if known is not None:
                 _linked(known[0], temporary / FIXED)
                 files.append(known[1])
             elif snapshot.fixed:
                 files.append(self._write_fixed(temporary / FIXED, snapshot.fixed))
-        return {"fragments": snapshot.table, "files": files}
+        digests = group_digests({**snapshot.pieces, **snapshot.unsharded}) if self._sign else {}
+        return {"fragments": snapshot.table, "files": files, "digests": digests}
 
     def _write_fixed(self, path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Writes what never changes, or shares the file of an earlier attempt's checkpoint that has the same content.
@@ -296,7 +356,8 @@ class Checkpoints:
         if self._rows is None:
             self._rows = {row.name: row for row in rows(self.directory)}
         final = pending.final
-        files = [file for part in written for file in part["files"]]
+        own = written[dist.get_rank()]  # of what every node has written, the entry of this one
+        files = list({file["name"]: file for part in (*written, own) for file in part["files"]}.values())
         manifest = {
             "format": FORMAT,
             **pending.manifest_fields,
@@ -324,7 +385,13 @@ class Checkpoints:
             write_best(self.directory, self._retention.best or "", best)
         if self._on_commit is not None:
             self._on_commit(Saved(final, manifest))
-        for old in self._retention.superfluous(marks):
+        if self._nodes is None:
+            self._prune()
+
+    def _prune(self) -> None:
+        """Deletes what need not be kept. Background thread of rank 0, or of the first rank of each node."""
+        assert self._rows is not None
+        for old in self._retention.superfluous([row.mark for row in self._rows.values()]):
             if old.name not in self._pinned():
                 self._delete(self.directory / old.name)
                 del self._rows[old.name]
@@ -338,7 +405,7 @@ class Checkpoints:
 
     def _trash_path(self, name: str) -> Path:
         """A new name that marks a directory for deletion. Any thread."""
-        return self.directory / f"{_TEMPORARY}old-{os.urandom(4).hex()}-{name.removeprefix(_TEMPORARY)}"
+        return self.directory / f"{TEMPORARY}old-{os.urandom(4).hex()}-{name.removeprefix(TEMPORARY)}"
 
     def _error(self, pending: _Pending) -> CheckpointError:
         """The error of a failed save, naming the first rank that failed. Main thread, collective."""

@@ -305,8 +305,9 @@ def schema(method: str = "dinov2") -> dict[str, FieldInfo]:
             for part in (
                 inner,
                 *typing.get_args(inner),
-            ):  # descend into lists, so that an unknown key in an entry is reported with the valid ones
+            ):  # descend into lists and optional sections: an unknown key is reported with the valid ones, marks are found
                 inner = typing.get_args(part)[0] if typing.get_origin(part) is tuple else inner
+                inner = part if isinstance(part, type) and issubclass(part, Settings) else inner
             if isinstance(inner, type) and issubclass(inner, Settings):
                 yield from walk(inner, f"{prefix}{name}.")
 

@@ -11,13 +11,33 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic.fields import FieldInfo
-from pydantic_core import CoreSchema, core_schema
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from pipeline.config.paths import Kind, absolute, patterns
+from pipeline.config.sizes import Size
 from pipeline.untrusted import printable
 
 # A field marked so changes neither the samples nor the computation of a run: a resume may change it.
 RUNTIME: dict[str, Any] = {"runtime": True}
+
+
+_MIN_SIDE, _MAX_SIDE = 8, 4096
+
+
+def _size(value: object) -> object:
+    sides = value if isinstance(value, list | tuple) else (value,)
+    valid = all(type(side) is int and _MIN_SIDE <= side <= _MAX_SIDE for side in sides)
+    if not valid or len(sides) != (2 if isinstance(value, list | tuple) else 1):
+        raise PydanticCustomError(
+            "size",
+            "must be a side, or [height, width], each a whole number of pixels from {low} to {high}",
+            {"low": _MIN_SIDE, "high": _MAX_SIDE},
+        )
+    return sides[0] if len(set(sides)) == 1 else tuple(sides)
+
+
+ImageSize = Annotated[Size, BeforeValidator(_size)]
+"""A size of images; two equal sides become one number, so that they are the same settings."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +113,10 @@ def _texts(value: object) -> object:
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
+def _files(value: object) -> object:
+    return (value,) if isinstance(value, str | Path) else tuple(value) if isinstance(value, list) else value
+
+
 def _plain(value: Any) -> Any:
     """Rejects control characters, which would end up in scripts and terminals."""
     for text in value if isinstance(value, tuple) else (value,):
@@ -117,8 +141,10 @@ class PathLike:
         """Returns the value with paths that are valid in every working directory."""
         if value is None:
             return None
-        if isinstance(value, tuple):
+        if isinstance(value, tuple) and self.kind == "patterns":
             return patterns(value, folder)
+        if isinstance(value, tuple):
+            return tuple(self.absolute(one, folder) for one in value)
         return type(value)(absolute(str(value), self.kind, folder, keywords=self.keywords))
 
 
@@ -134,6 +160,7 @@ FilePath = Annotated[Path, AfterValidator(_plain), PathLike("path")]
 PathName = Annotated[str, AfterValidator(_plain), PathLike("name")]
 ResumePath = Annotated[str, AfterValidator(_plain), PathLike("name", frozenset(("auto", "never")))]
 TrackingUri = Annotated[str, AfterValidator(_plain), PathLike("uri")]
+SelectionFiles = Annotated[tuple[FilePath, ...], BeforeValidator(_files)]
 Shards = Annotated[tuple[str, ...], BeforeValidator(_texts), AfterValidator(_plain), PathLike("patterns")]
 
 

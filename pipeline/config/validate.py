@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Iterator
 from typing import TypeVar
 
 from pipeline.config.schema import Config
+from pipeline.config.sizes import Size, grid_of, is_divisible, nearest_sizes
 from pipeline.data.augment.settings import MultiCropSettings
 from pipeline.masking import NO_PASSWORD, UNPRINTABLE, has_password, printable, shown_address
 from pipeline.methods.dinov2.settings import Dinov2Settings
@@ -25,11 +27,13 @@ def check(config: Config) -> list[tuple[str, str]]:
         *_check_model(config),
         *_check_method(config),
         *_check_adapt(config),
+        *_check_channels(config),
     ]
     if config.launch.num_processes is not None:
         conflicts += check_ranks(config, config.launch.num_processes)
     elif config.train.micro_batch_size and config.train.global_batch_size % config.train.micro_batch_size:
         conflicts.append(("train.global_batch_size", _indivisible(config, 1)))
+    conflicts += check_devices(config, on_gpu=config.launch.backend == "nccl")
     knn = config.evaluation.knn
     if config.evaluation.needing("bank") and knn.val_shards is not None and set(knn.val_shards) & set(config.voting_shards):
         conflicts.append(
@@ -77,9 +81,15 @@ def check(config: Config) -> list[tuple[str, str]]:
         conflicts.append(
             ("checkpoint.keep_best", f"checkpoint.keep_best = {best}: no evaluation of this run computes it; {hint}")
         )
+    if config.checkpoint.snapshot_every is not None and not config.launch.restarts:
+        message = (
+            f"checkpoint.snapshot_every = {config.checkpoint.snapshot_every}: has no effect while launch.restarts = 0; set that"
+        )
+        conflicts.append(("checkpoint.snapshot_every", message))
     distances = (
         ("checkpoint.every", config.checkpoint.every),
         ("checkpoint.keep_every", config.checkpoint.keep_every),
+        ("checkpoint.snapshot_every", config.checkpoint.snapshot_every),
         *((f"evaluation.{name}.every", config.evaluation.section(name).every) for name in config.evaluation.evaluators()),
     )
     for key, length in distances:
@@ -116,6 +126,17 @@ def check_ranks(config: Config, ranks: int) -> list[tuple[str, str]]:
     """Returns conflicts with the number of ranks; called again once that number is known."""
     batch, micro = config.train.global_batch_size, config.train.micro_batch_size or 1
     return [("train.global_batch_size", _indivisible(config, ranks))] if batch % (ranks * micro) else []
+
+
+def check_devices(config: Config, *, on_gpu: bool) -> list[tuple[str, str]]:
+    """Returns conflicts with the devices of the ranks; called again once they are known."""
+    if config.train.verify_every is None or not on_gpu or config.train.deterministic:
+        return []
+    message = (
+        f"train.verify_every = {config.train.verify_every}: a GPU gives other bits when it does a step again, unless its "
+        "operations are deterministic; set train.deterministic=true as well, in a new run"
+    )
+    return [("train.verify_every", message)]
 
 
 def _indivisible(config: Config, ranks: int) -> str:
@@ -234,35 +255,104 @@ def _check_resnet(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _check_method(config: Config) -> Iterator[tuple[str, str]]:
-    views, patch = config.method.views, config.model.patch_side
-    if patch is None:
+    sizes = _sizes(config)
+    yield from _check_rectangles(config)
+    idle = [key for key, size in sizes.items() if size and "gram_size" in key]
+    if idle and getattr(config.method, "gram_weight", 0) == 0:
+        yield (
+            _setting(idle[0]),
+            f"{idle[0]} = {sizes[idle[0]]}: has no effect while method.gram_weight = 0; set that, or leave it null",
+        )
+    patch, side = config.model.patch_side, config.method.views.global_size
+    if patch is None:  # of a name that does not say it: the rest is checked when the network is built
         return
-    side = views.global_size
-    if side % patch == 0 and getattr(config.method, "mask_unit", "") == "cells" and side // patch % 2:
+    if isinstance(side, int) and side % patch == 0 and getattr(config.method, "mask_unit", "") == "cells" and side // patch % 2:
         yield (
             "method.mask_unit",
             f"method.mask_unit = cells: {side // patch} patches a side make no cells of 2 x 2; choose patch, or another size",
         )
-    sizes: dict[str, int | None] = {"method.views.global_size": side}
-    if isinstance(views, MultiCropSettings) and views.local_count:
-        sizes["method.views.local_size"] = views.local_size
-    if isinstance(config.method, Dinov2Settings):
-        sizes["method.gram_size"] = config.method.gram_size
-        for number, resolution in enumerate(config.method.resolutions):
-            sizes |= {f"method.resolutions.{number}.{name}": size for name, size in resolution if name != "weight"}
-        if config.method.gram_weight == 0 and (idle := [key for key, size in sizes.items() if size and "gram_size" in key]):
-            yield idle[0], f"{idle[0]} = {sizes[idle[0]]}: has no effect while method.gram_weight = 0; set that, or leave it null"
     for key, size in sizes.items():
-        if size is not None and size % patch:
-            near = [str(side) for side in (size // patch * patch, (size // patch + 1) * patch) if side]
-            setting = "method.resolutions" if "resolutions" in key else key
-            yield setting, f"{key} = {size}: is not divisible by the patch side {patch}; {' or '.join(near)} would"
-    smallest = min(size for key, size in sizes.items() if size is not None and key.endswith("global_size"))
-    if getattr(config.method, "mask_probability", 0) and smallest // patch < 2:
+        if size is not None and not is_divisible(size, patch):
+            near = [str(size) if isinstance(size, int) else f"[{size[0]}, {size[1]}]" for size in nearest_sizes(size, patch)]
+            shown = size if isinstance(size, int) else list(size)
+            yield _setting(key), f"{key} = {shown}: is not divisible by the patch side {patch}; {' or '.join(near)} would"
+    fewest = min(math.prod(grid_of(size, patch)) for key, size in sizes.items() if size and "global" in key)
+    if getattr(config.method, "mask_probability", 0) and fewest < 2:
         yield (
             "method.mask_probability",
             "method.mask_probability: an image of a single patch leaves nothing to mask; make views larger or patches smaller",
         )
+
+
+def _sizes(config: Config) -> dict[str, Size | None]:
+    """Sizes of the views of a method by dotted key, of all resolutions."""
+    views = config.method.views
+    local = isinstance(views, MultiCropSettings) and views.local_count > 0
+    sizes: dict[str, Size | None] = {"method.views.global_size": views.global_size}
+    if isinstance(views, MultiCropSettings) and local:
+        sizes["method.views.local_size"] = views.local_size
+    if isinstance(config.method, Dinov2Settings):
+        sizes["method.gram_size"] = config.method.gram_size
+        names = ("global_size", "local_size", "gram_size") if local else ("global_size", "gram_size")
+        for number, resolution in enumerate(config.method.resolutions):
+            sizes |= {f"method.resolutions.{number}.{name}": getattr(resolution, name) for name in names}
+    return sizes
+
+
+def _setting(key: str) -> str:
+    """The setting that a file gives, for the key of a size: resolutions are a list."""
+    return "method.resolutions" if "resolutions" in key else key
+
+
+def _check_rectangles(config: Config) -> Iterator[tuple[str, str]]:
+    """Checks what needs square views, where they have a height and a width; needs no patch size."""
+    method, size = config.method, config.method.views.global_size
+    if isinstance(method, Dinov2Settings) and method.gram_weight:
+        anchored = {"method.views.global_size": method}
+        for number, resolution in enumerate(method.resolutions):
+            own = resolution.global_size is not None
+            where = f"method.resolutions.{number}.global_size" if own else "method.views.global_size"
+            if method.at(resolution).gram_size:
+                anchored[where] = method.at(resolution)
+        for where, one in anchored.items():
+            crops, gram = one.views.global_size, one.gram_size
+            if gram and not isinstance(crops, int):
+                message = f"{where} = {list(crops)}: the Gram anchor's features of another size ({gram}) need square views; "
+                yield _setting(where), message + "choose a side, or leave gram_size null there and in method"
+    if isinstance(size, int):
+        return
+    key = f"method.views.global_size = {list(size)}"
+    if method.name == "detailclip":
+        yield "method.views.global_size", f"{key}: detailclip masks and reconstructs square grids; choose a side"
+    if config.evaluation.segmentation.enabled and config.evaluation.segmentation.image_size is None:
+        message = f"{key}: class maps are evaluated on squares; set evaluation.segmentation.image_size to a side"
+        yield "evaluation.segmentation.image_size", message
+
+
+def _check_channels(config: Config) -> Iterator[tuple[str, str]]:
+    """Checks what depends on whether images are 8-bit RGB or of declared channels."""
+    channels, augment = config.data.channels, config.method.augment
+    if channels is None:
+        for name in ("gain", "offset", "noise", "channel_dropout"):
+            if getattr(augment, name):
+                key = f"method.augment.{name}"
+                yield key, f"{key} = {getattr(augment, name)}: applies to data.channels only; set that, or this to 0"
+        return
+    for name in ("tifffile", "imagecodecs"):
+        if importlib.util.find_spec(name) is None:
+            yield "data.channels", f"data.channels: needs {name}, which is not installed; pip install 'fovea[scientific]'"
+    if channels.mean is None:
+        message = "data.channels.mean is required, with std: `fovea shards stats SHARDS --channels … --write FILE` measures both"
+        yield "data.channels.mean", message
+    if config.model.in_channels not in (None, channels.count):
+        message = f"model.in_channels = {config.model.in_channels}: data.channels.count is {channels.count}; leave it null"
+        yield "model.in_channels", message
+    rule = config.init_from.input_channels
+    if isinstance(rule, tuple) and len(rule) != channels.count:
+        message = f"init_from.input_channels: {len(rule)} colours for {channels.count} channels; name one for each"
+        yield "init_from.input_channels", message
+    if config.evaluation.robustness.enabled:
+        yield "evaluation.robustness.enabled", "evaluation.robustness.enabled: needs 8-bit RGB images, not data.channels"
 
 
 def _check_adapt(config: Config) -> Iterator[tuple[str, str]]:

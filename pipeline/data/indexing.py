@@ -12,16 +12,18 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.data import storage
+from pipeline.data.formats.channels import required
 from pipeline.data.index.build import build
 from pipeline.data.index.fields import Fields
 from pipeline.data.index.filters import narrow
 from pipeline.data.index.manifest import SIDECARS, Manifest
 from pipeline.data.order.order import Source
+from pipeline.data.selections.apply import Chosen, select
 from pipeline.data.settings import DataSettings
 from pipeline.errors import DataError
 from pipeline.runtime.locks import lock
@@ -44,12 +46,13 @@ def fields(config: HasData) -> Fields:
     """Returns which members make a sample, according to the settings."""
     d = config.data
     return Fields(
-        images=d.image_extensions,
+        images=d.images,
         caption=d.caption_extension,
         caption_lines=d.caption_lines,
         label=d.label_extension,
         min_side=d.min_side,
         max_pixels=d.max_pixels,
+        channels=required(d.channels),
     )
 
 
@@ -97,15 +100,26 @@ class Indexer:
             DataError: see :meth:`several`.
         """
         data = self.config.data
+        selected = bool(data.selection or any(source.selection for source in data.sources or ()))
+        required = () if selected else require
         if data.sources is None:
-            return self.one(data.shards, require), ()
-        manifest, counts = self.several({source.name: source.shards for source in data.sources}, require)
+            manifest = self.one(data.shards, required)
+            if selected:
+                manifest = select(manifest, [Chosen(0, len(manifest.shards), data.selection)], require, verify=not self.reuse)
+            return manifest, ()
+        manifest, counts = self.several({source.name: source.shards for source in data.sources}, required)
         firsts = itertools.accumulate((0, *counts[:-1]))
-        sources = (
+        sources = tuple(
             Source(source.name, first, count, source.weight, source.repeat or 1.0)
             for source, first, count in zip(data.sources, firsts, counts, strict=True)
         )
-        return manifest, tuple(sources)
+        if selected:
+            chosen = [
+                Chosen(source.first, source.shards, setting.selection, f"data.sources: selection of {source.name}")
+                for source, setting in zip(sources, data.sources, strict=True)
+            ]
+            manifest = select(manifest, chosen, require, verify=not self.reuse)
+        return manifest, sources
 
     def several(self, groups: dict[str, Sequence[str]], require: tuple[str, ...] = ()) -> tuple[Manifest, tuple[int, ...]]:
         """Returns one index of several data sets, and the number of shards of each.
@@ -141,7 +155,7 @@ class Indexer:
             name: [one if "://" in one else os.path.abspath(os.path.expanduser(one)) for one in map(str, part)]
             for name, part in groups.items()
         }
-        rules = [patterns, asdict(fields(self.config)), self.config.data.on_truncated_shard]
+        rules = [patterns, fields(self.config).document(), self.config.data.on_truncated_shard]
         return hashlib.sha256(json.dumps(rules, sort_keys=True).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
     def _known(self, root: Path, file: Path, require: tuple[str, ...], sets: int) -> tuple[Manifest, tuple[int, ...]] | None:

@@ -8,10 +8,12 @@ from typing import Any
 
 from pipeline.config.schema import Config
 from pipeline.data.augment.plan import PLAN_VERSION
+from pipeline.data.formats.channels import channels_identity
 from pipeline.data.index.manifest import Manifest
 from pipeline.data.indexing import Indexer, Progress, indexed
 from pipeline.data.order.order import Order, Source, streams_for
 from pipeline.data.overlap import check_held_out
+from pipeline.data.selections.apply import selection_identity, weights_of
 from pipeline.errors import ConfigError, DataError
 from pipeline.runtime.run_directory import RunDirectory
 from pipeline.untrusted import read_json
@@ -56,7 +58,8 @@ def prepare(config: Config, world: int, progress: Progress | None = None, *, reu
     train, sources = _training_set(config, indexer)
     batch, micro = config.train.global_batch_size, config.train.micro_batch_size
     streams = config.data.canonical_streams or _streams_of_checkpoints(config) or streams_for(batch, world)
-    order = Order(train.sizes, config.run.seed, batch, streams, config.data.shuffle_block_size, sources)
+    weights = weights_of(train, sources)
+    order = Order(train.sizes, config.run.seed, batch, streams, config.data.shuffle_block_size, sources, weights)
     order.check_world(world)
     if micro is not None and batch % (world * micro):
         raise ConfigError(
@@ -199,4 +202,6 @@ def data_identity(inputs: Inputs) -> dict[str, Any]:
         "lanes": inputs.order.streams,
         "block": inputs.order.block_size,
         "sources": [[s.name, s.shards, s.weight, s.repeat] for s in inputs.sources] if len(inputs.sources) > 1 else None,
+        "selection": selection_identity(inputs.train),
+        "channels": channels_identity(inputs.train.fields.channels),
     }

@@ -183,7 +183,7 @@ def check_state(state: Any, identity: str) -> Position:
         if one["order"] != identity:
             raise DataError(
                 f"the state belongs to the order {one['order']!r}, this is {identity!r}: other shards, seed, global_batch_size, "
-                "canonical_streams, shuffle_block_size or sources",
+                "canonical_streams, shuffle_block_size, selection or sources",
                 where="load_state_dict",
                 hint="Use those of the run that was saved, or start at its position with seek()",
             )

@@ -15,7 +15,9 @@ import numpy as np
 from pydantic import ValidationError
 
 from pipeline.data import storage
+from pipeline.data.formats.channels import Channels, channels_identity
 from pipeline.data.index.captions import decode_text, read_json_member
+from pipeline.data.index.fields import Fields
 from pipeline.data.index.manifest import Manifest
 from pipeline.data.indexing import Indexer, open_storage
 from pipeline.data.library import integer
@@ -24,12 +26,13 @@ from pipeline.data.loader.members import MemberReader
 from pipeline.data.loader.reader import Record
 from pipeline.data.loader.text import choose
 from pipeline.data.order.order import GlobalBatch, Order, Source, rank_slice
+from pipeline.data.selections.apply import selection_identity, weights_of
 from pipeline.data.settings import DataSettings
 from pipeline.errors import ConfigError
 
-Decode = Literal["pil", "rgb8", "torchrgb8"]
+Decode = Literal["pil", "rgb8", "torchrgb8", "array", "tensor"]
 Sample = dict[str, Any]
-_DECODERS = ("pil", "rgb8", "torchrgb8")
+_DECODERS = ("pil", "rgb8", "torchrgb8", "array", "tensor")
 _SUBSTITUTES = 8
 _BLANK = 64
 _VERSION = 1
@@ -72,7 +75,8 @@ class SampleSource:
         reader: reads them.
         settings: the section ``data``.
         decode: how images are decoded: not at all (``None``), as a PIL image (``pil``), as uint8 ``[height, width, 3]``
-            (``rgb8``), or as a uint8 tensor ``[3, height, width]`` (``torchrgb8``).
+            (``rgb8``), or as a uint8 tensor ``[3, height, width]`` (``torchrgb8``). Of declared channels: as an array
+            ``[height, width, channels]`` of the declared type (``array``) or a tensor ``[channels, height, width]`` (``tensor``).
         sources: the data sets of a mixture; empty for a single one.
     """
 
@@ -109,6 +113,12 @@ class SampleSource:
             DataError: no shard matches, shards cannot be used, or there are fewer samples than in a global batch.
             ConfigError: sizes that do not divide, or are no integers.
         """
+        if decode is not None and settings.channels is not None and decode not in ("array", "tensor"):
+            raise ConfigError(
+                f"images of declared channels are not decoded as {decode!r}",
+                where="decode",
+                hint="Choose array or tensor, or None for bytes",
+            )
         if decode is not None and decode not in _DECODERS:
             raise ConfigError(
                 f"{decode!r} is not a way to decode",
@@ -118,8 +128,9 @@ class SampleSource:
         global_batch_size, seed = integer("global_batch_size", global_batch_size, 1), integer("seed", seed)
         config = _Settings(settings)
         manifest, sources = Indexer(config).training_set(tuple(require))
-        order = Order(manifest.sizes, seed, global_batch_size, settings.canonical_streams, settings.shuffle_block_size, sources)
-        only = None if members is None else {*members, *settings.image_extensions}
+        streams, block_size = settings.canonical_streams, settings.shuffle_block_size
+        order = Order(manifest.sizes, seed, global_batch_size, streams, block_size, sources, weights_of(manifest, sources))
+        only = None if members is None else {*members, *settings.images}
         reader = MemberReader(manifest, checksum=settings.verify_checksums, store=open_storage(config), only=only)
         return cls(manifest, order, reader, settings, decode, sources)
 
@@ -129,6 +140,10 @@ class SampleSource:
         order = self.order
         sources = [[s.name, s.shards, s.weight, s.repeat] for s in self.sources] if len(self.sources) > 1 else None
         parts = [_VERSION, self.manifest.fingerprint, order.seed, order.global_batch, order.streams, order.block_size, sources]
+        if (selection := selection_identity(self.manifest)) is not None:
+            parts.append(selection)
+        if (channels := channels_identity(self.manifest.fields.channels)) is not None:
+            parts.append(channels)
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
     def check_world(self, world: int, rank: int) -> None:
@@ -178,15 +193,15 @@ class SampleSource:
             self._last[key] = batch
         return self._last[key]
 
-    def _sample(self, record: Record, epoch: int) -> tuple[Sample | None, str]:
-        """The sample as a dictionary, or why it cannot be used."""
+    def _sample(self, record: Record, epoch: int, fields: Fields | None = None) -> tuple[Sample | None, str]:
+        """The sample as a dictionary, or why it cannot be used; ``fields`` are the manifest's unless others are given."""
         if record.image is None:
             return None, record.status
         if len(record.captions) > 1:
             record = replace(record, caption=choose(record.captions, record.id, epoch, self.order.seed))
         sample: Sample = dict(record.members)
         if self.decode is not None:
-            image = _decoded(record, self.decode)
+            image = _decoded(record, self.decode, fields or self.manifest.fields)
             if image is None:
                 return None, "undecodable"
             sample.update(self._decoded_members(record))
@@ -201,9 +216,7 @@ class SampleSource:
         }, ""
 
     def _image_extension(self, record: Record) -> str:
-        return next(
-            (name for name in self.settings.image_extensions if name in record.members), self.settings.image_extensions[0]
-        )
+        return next((name for name in self.settings.images if name in record.members), self.settings.images[0])
 
     def _decoded_members(self, record: Record) -> Sample:
         decoded: Sample = {}
@@ -229,21 +242,29 @@ class SampleSource:
             sample, _ = self._sample(record, epoch)
             if sample is not None:
                 return sample, Event(step, bad.id, bad.key, bad.shard_name, reason, other)
-        image = _gray()
+        fields = self.manifest.fields
+        image = _gray() if fields.channels is None else _uniform(fields.channels)
         record = replace(bad, image=image, width=_BLANK, height=_BLANK, caption=None, captions=(), label=-1, status="ok")
-        record = replace(record, members={"jpg": image})
-        blank, _ = self._sample(record, epoch)
+        record = replace(record, members={"jpg" if fields.channels is None else "npy": image})
+        single = fields if fields.channels is None else replace(fields, channels=replace(fields.channels, members=()))
+        blank, _ = self._sample(record, epoch, single)
         return blank or {}, Event(step, bad.id, bad.key, bad.shard_name, reason, -1)
 
 
-def _decoded(record: Record, kind: Decode) -> Any:
+def _decoded(record: Record, kind: Decode, fields: Fields) -> Any:
     """The decoded image; ``None`` if that fails, or if its size is another than that in the index."""
-    from pipeline.data.augment.pillow import decode
+    pixels: Any
+    if fields.channels is None:
+        from pipeline.data.augment.pillow import decode
 
-    pixels = decode(record.image or b"")
+        pixels = decode(record.image or b"")
+    else:
+        from pipeline.data.formats import read
+
+        pixels = read.decode(record.image or b"", fields.channels, max_pixels=fields.max_pixels)
     if pixels is None or pixels.shape[:2] != (record.height, record.width):
         return None
-    if kind == "rgb8":
+    if kind in ("rgb8", "array"):
         return pixels
     if kind == "pil":
         from PIL import Image
@@ -252,6 +273,16 @@ def _decoded(record: Record, kind: Decode) -> Any:
     import torch
 
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def _uniform(channels: Channels) -> bytes:
+    """The image of :meth:`pipeline.data.augment.decode.ChannelDecoder.blank` as a file."""
+    import io
+
+    value = 0 if channels.dtype == "float32" else int(channels.full_range) // 2 + 1
+    buffer = io.BytesIO()
+    np.save(buffer, np.full((_BLANK, _BLANK, channels.count), value, dtype=channels.dtype), allow_pickle=False)
+    return buffer.getvalue()
 
 
 def _gray() -> bytes:

@@ -18,11 +18,16 @@ from pipeline.config.types import (
     NonNegative,
     Positive,
     Probability,
+    SelectionFiles,
     Settings,
     Shards,
     Texts,
 )
+from pipeline.data.channel_settings import ChannelSettings
 from pipeline.errors import ConfigError
+
+SCIENTIFIC_EXTENSIONS = ("npy", "dcm", "dicom")
+"""Extensions of images that only ``channels`` reads, beside ``image_extensions``."""
 
 
 class StorageSettings(Settings):
@@ -68,6 +73,9 @@ class SourceSettings(Settings):
     repeat: Positive | None = Field(
         default=None, description="epochs of this data set during one epoch of a data set with repeat 1; null means 1"
     )
+    selection: SelectionFiles = Field(
+        default=(), description="selections of this data set's samples, as data.selection of a single data set"
+    )
 
 
 class DataSettings(Settings):
@@ -82,6 +90,12 @@ class DataSettings(Settings):
         default=None,
         json_schema_extra=RUNTIME,
         description="a mixture of data sets, used instead of shards; each has name, shards, and weight or repeat",
+    )
+    selection: SelectionFiles = Field(
+        default=(),
+        json_schema_extra=RUNTIME,
+        description="files that select samples and weight them (fovea shards dedup, balance, retrieve); a sample is used if all "
+        "of them select it",
     )
     index: FilePath | None = Field(
         default=None, json_schema_extra=RUNTIME, description="directory of the shard index; null means the user's cache directory"
@@ -100,6 +114,11 @@ class DataSettings(Settings):
         min_length=1,
         description="file extensions of a sample's image, in order of preference",
     )
+    channels: ChannelSettings | None = Field(
+        default=None,
+        description="channels of scientific images: TIFF, PNG, NumPy or DICOM with 8 or 16 bits or float32; null decodes every "
+        "image to 8-bit RGB",
+    )
     caption_extension: str = Field(default="txt", description="file extension of a sample's caption")
     caption_lines: bool = Field(
         default=False, description="treat each line of a caption file as one caption; each epoch uses one of them"
@@ -110,7 +129,11 @@ class DataSettings(Settings):
     )
     label_extension: str = Field(default="cls", description="file extension of a sample's class index")
     min_side: Count = Field(default=16, description="minimum side of an image, pixels")
-    max_pixels: Count = Field(default=50_000_000, description="maximum area of an image, pixels")
+    max_pixels: Count = Field(
+        default=50_000_000,
+        description="maximum area of an image, pixels; of an image of more than three channels, the area of which as many values "
+        "make three channels",
+    )
     on_truncated_shard: Literal["error", "keep-readable"] = Field(
         default="error",
         description="shards whose tar is truncated or damaged: stop with an error, or use the samples before the damage",
@@ -147,6 +170,8 @@ class DataSettings(Settings):
             raise PydanticCustomError("sources", "names no data set")
         if len({source.name for source in sources}) < len(sources):
             raise PydanticCustomError("sources", "has two data sets of one name")
+        if sources and self.selection:
+            raise PydanticCustomError("selection", "cannot be given with data.sources; give each data set its own selection")
         for source in sources:
             if source.weight is not None and source.repeat is not None:
                 raise PydanticCustomError("sources", "gives {name} both weight and repeat", {"name": source.name})
@@ -155,9 +180,22 @@ class DataSettings(Settings):
         return self
 
     @property
+    def images(self) -> tuple[str, ...]:
+        """Extensions of images: with ``channels`` also those of NumPy and DICOM, or those of the files that make one image."""
+        if self.channels is None:
+            return self.image_extensions
+        own = dict.fromkeys((*self.image_extensions, *SCIENTIFIC_EXTENSIONS))
+        return self.channels.members or tuple(own)
+
+    @property
     def patterns(self) -> tuple[str, ...]:
         """Patterns of all training shards, of one data set or of a mixture."""
         return self.shards or tuple(pattern for source in self.sources or () for pattern in source.shards)
+
+    @property
+    def selection_files(self) -> tuple[Path, ...]:
+        """Selections of the training samples, of one data set or of all of a mixture."""
+        return self.selection or tuple(file for source in self.sources or () for file in source.selection)
 
     def index_folder(self, urls: Sequence[str]) -> Path:
         """Returns the index directory of these shards: one named after them, in ``index`` or in the user's cache directory.

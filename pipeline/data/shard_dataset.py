@@ -39,7 +39,8 @@ class ShardDataset(IterableDataset[Any]):
             be given the same, which :attr:`batch_size` returns.
         decode: ``None``: members are bytes. ``pil``, ``rgb8`` (uint8 array ``[height, width, 3]``) or ``torchrgb8`` (uint8 tensor
             ``[3, height, width]``): images are decoded by Pillow, ``cls`` is an int, ``txt`` a string and ``json`` an object;
-            other members stay bytes.
+            other members stay bytes. Images of declared ``channels``: ``array`` (``[height, width, channels]``) or ``tensor``
+            (``[channels, height, width]``), with their values as stored.
         transform: called with each sample; what it returns is yielded.
         sources: data sets of a mixture instead of ``shards``: dictionaries with ``name``, ``shards``, ``weight`` or ``repeat``.
         require: of ``caption``, ``label`` and ``segmentation`` the parts without which a sample is left out.

@@ -86,7 +86,7 @@ class ViewLoader(ResumableLoader):
             bad_samples=bad_samples,
             **options,
         )
-        self.views, self.text = tuple(views), text
+        self.views, self.text = tuple(view.of_channels(self.dataset.source.settings.channels) for view in views), text
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._workers, self._threads = integer("num_workers", num_workers), integer("threads", threads, 1)
         self._prefetch, self._hue = integer("prefetch", prefetch), hue

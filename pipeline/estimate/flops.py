@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config.schema import Config
+from pipeline.config.sizes import Size, height_width
 from pipeline.data.augment.views import Batch, Boxes, Masks, ViewSpec
 from pipeline.methods.base import Step
 from pipeline.methods.registry import build_method
@@ -104,9 +105,9 @@ def fake_batch(views: Sequence[ViewSpec], samples: int, *, context: int = 0) -> 
     masks: dict[str, Masks] = {}
     boxes: dict[str, Boxes] = {}
     for view in views:
-        images[view.name] = [torch.empty(samples, 3, view.size, view.size) for _ in range(view.count)]
+        images[view.name] = [torch.empty(samples, view.in_channels, *view.shape) for _ in range(view.count)]
         if view.mask is not None:
-            rows, patches = samples * view.count, (view.size // view.mask.patch) ** 2
+            rows, patches = samples * view.count, math.prod(view.grid(view.mask.patch))
             hidden = round(rows * view.mask.probability * patches * sum(view.mask.ratio) / 2)
             masks[view.name] = Masks(
                 grid=torch.empty(rows, patches, dtype=torch.bool),
@@ -145,7 +146,7 @@ def block(tokens: int, width: int, *, hidden: int | None = None, gated: bool = F
 
 
 def tower(
-    side: int,
+    size: Size,
     patch: int,
     width: int,
     depth: int,
@@ -156,7 +157,7 @@ def tower(
     read: float | None = None,
 ) -> float:
     """FLOPs of a vision transformer's forward pass for one image; ``read`` applies to the last block, see :func:`block`."""
-    patches = (side // patch) ** 2
+    patches = math.prod(side // patch for side in height_width(size))
     blocks = (depth - 1) * block(patches + prefix, width, hidden=hidden, gated=gated)
     last = block(patches + prefix, width, hidden=hidden, gated=gated, read=read)
     return blocks + last + 2.0 * patches * 3 * patch**2 * width

@@ -1,11 +1,12 @@
 """Memory per rank by formula: parameters, gradients, optimizer state, teacher and buffers in each ZeRO stage.
 
-Parameters are fp32 and only compute is bf16. Bytes per trained parameter with R ranks::
+Parameters are fp32 and only compute is bf16. Bytes per trained parameter with R ranks and an optimizer of m moments (two of AdamW
+and LAMB, one of LARS and SGD)::
 
-    stage   parameters  gradients  masters  AdamW's moments   teacher
-    0       4           4          -        8                 4
-    1, 2    4           4/R        4/R      8/R               4
-    3       4/R         4/R        4/R      8/R               4/R
+    stage   parameters  gradients  masters  moments   teacher
+    0       4           4          -        4 m       4
+    1, 2    4           4/R        4/R      4 m/R     4
+    3       4/R         4/R        4/R      4 m/R     4/R
 
 Stages 1 and 2 differ while gradients of several micro-batches are accumulated: stage 1 then holds them whole. Both partition
 gradients by whole parameters: one that crosses the boundary of two ranks' shards is held by both. Additional memory:
@@ -21,7 +22,7 @@ from dataclasses import dataclass, fields, replace
 
 from pipeline.estimate.communication import STAGE_0_BUCKET, communication
 
-FP32, MOMENTS = 4, 8  # bytes of an element, and of AdamW's two
+FP32 = 4  # bytes of an element
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def held(
     accumulation: int = 1,
     bf16: bool = True,
     overlap: bool = True,
+    moments: int = 2,
 ) -> Held:
     """Bytes on the rank that holds most.
 
@@ -86,6 +88,7 @@ def held(
         accumulation: micro-batches per step.
         bf16: compute in bf16.
         overlap: on GPUs, whether gradients are reduced while others are computed.
+        moments: of the optimizer, for each parameter.
     """
     trained = [size for group in groups for size in group]
     total = sum(trained)
@@ -96,7 +99,7 @@ def held(
             parameters=FP32 * total,
             gradients=FP32 * total,
             masters=0,
-            moments=MOMENTS * total,
+            moments=FP32 * moments * total,
             frozen=FP32 * sum(frozen),
             teacher=FP32 * sum(teacher),
             buckets=FP32 * min(total, STAGE_0_BUCKET) if ranks > 1 else 0,
@@ -108,7 +111,7 @@ def held(
             parameters=FP32 * pieces,
             gradients=FP32 * pieces,
             masters=FP32 * pieces,
-            moments=MOMENTS * pieces,
+            moments=FP32 * moments * pieces,
             frozen=FP32 * sum(math.ceil(size / ranks) for size in frozen),
             teacher=FP32 * sum(math.ceil(size / ranks) for size in teacher),
             buckets=FP32 * chosen.held,
@@ -128,7 +131,7 @@ def held(
         parameters=FP32 * sum(padded),
         gradients=gradients,
         masters=FP32 * share,
-        moments=MOMENTS * share,
+        moments=FP32 * moments * share,
         frozen=FP32 * sum(frozen),
         teacher=FP32 * sum(teacher),
         buckets=FP32 * chosen.held,

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config.schema import Config
+from pipeline.config.sizes import Size
 from pipeline.data.indexing import open_storage
 from pipeline.data.inputs import Inputs
 
@@ -45,21 +46,21 @@ def evaluation_views(
     config: Config,
     manifest: Manifest,
     ids: NDArray[np.uint64],
-    size: int,
+    size: Size,
     device: torch.device,
     normalize: Normalize | None = None,
 ) -> Iterator[Batch]:
-    """Evaluation views (a centre square) of some samples, decoded and cropped as in every evaluation.
+    """Evaluation views (the centre) of some samples, decoded and cropped as in every evaluation.
 
     Args:
         config: the settings.
         manifest: the data set.
         ids: sample numbers.
-        size: side of the square, pixels.
+        size: side of a square, or height and width, pixels.
         device: where the views go.
         normalize: mean and standard deviation; ImageNet's by default.
     """
-    from pipeline.data.augment.views import Normalize, ViewSpec
+    from pipeline.data.augment.views import Normalize, ViewSpec, channel_spec
     from pipeline.data.loader.bad_samples import BadSamples
     from pipeline.data.loader.batch_stream import BatchStream, StreamOptions
     from pipeline.data.loader.encoded_batches import StepDataset
@@ -70,7 +71,7 @@ def evaluation_views(
     reader = Reader(
         manifest, wants=("image", "label", "caption"), checksum=config.data.verify_checksums, store=open_storage(config)
     )
-    spec = ViewSpec("image", 1, size, None, normalize=normalize or Normalize())
+    spec = ViewSpec("image", 1, size, None, normalize=normalize or Normalize(), channels=channel_spec(config.data.channels))
     dataset = StepDataset(reader, order, (spec,), seed=0, world=1, rank=0)
     options = StreamOptions(micro_batch=order.global_batch, workers=0, threads=config.data.decode_threads, hue="off")
     for _, batches in BatchStream(
@@ -86,7 +87,7 @@ class Gallery:
         config: the run's settings.
         inputs: its indexed data sets; without evaluation data, the training data are used.
         towers: the networks, ``trained`` among them.
-        size: side of the views, pixels.
+        size: side of the views, or height and width, pixels.
         device: device of the towers.
 
     Attributes:
@@ -94,14 +95,14 @@ class Gallery:
         split: description of the queries, ``validation`` or ``training``.
     """
 
-    def __init__(self, config: Config, inputs: Inputs, towers: dict[str, Any], size: int, device: torch.device) -> None:
+    def __init__(self, config: Config, inputs: Inputs, towers: dict[str, Any], size: Size, device: torch.device) -> None:
         self._config, self._device = config, device
         self.towers, self.size = towers, size
         self.bank, self.queries = inputs.bank or inputs.train, inputs.queries or inputs.train
         self.split = "validation" if self.queries is not self.bank else "training"
 
-    def images(self, manifest: Manifest, ids: NDArray[np.uint64], size: int) -> tuple[Tensor, list[str]]:
-        """Views ``[n, 3, size, size]`` of some samples, and their captions."""
+    def images(self, manifest: Manifest, ids: NDArray[np.uint64], size: Size) -> tuple[Tensor, list[str]]:
+        """Views ``[n, channels, height, width]`` of some samples, and their captions."""
         import torch
 
         batches = list(evaluation_views(self._config, manifest, ids, size, self._device))

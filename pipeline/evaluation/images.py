@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.data.augment.views import Normalize, ViewSpec
+from pipeline.config.sizes import Size
+from pipeline.data.augment.views import ChannelSpec, Normalize, ViewSpec
 from pipeline.data.index.manifest import Manifest
 from pipeline.data.loader.bad_samples import BadSamples
 from pipeline.data.loader.batch_stream import BatchStream, StreamOptions
@@ -49,7 +51,7 @@ class ImageBatch:
     """A batch of evaluation views.
 
     Attributes:
-        images: ``[n, 3, size, size]``.
+        images: ``[n, channels, height, width]``.
         labels: int64 ``[n]``, -1 for none.
         positions: int64 ``[n]`` on the CPU, the samples' positions in the whole list of all ranks.
         ids: the samples' numbers in the data set.
@@ -66,9 +68,9 @@ class ImageSet:
 
     Args:
         manifest: the shards.
-        size: side of the view, pixels.
-        crop_fraction: side of the square crop as a share of the shorter side.
-        crop_position: position of the square along the longer side, 0.5 for its middle.
+        size: side of the view, or height and width, pixels.
+        crop_fraction: sides of the crop as a share of those of the largest one of the view's aspect ratio.
+        crop_position: position of the crop along the side that it does not fill, 0.5 for the middle.
         limit: maximum number of samples, chosen by ``seed``; ``None`` takes all.
         batch_size: images per forward pass.
         rank, world_size: rank and world size.
@@ -77,6 +79,7 @@ class ImageSet:
         threads: decode threads.
         store: storage of the shards.
         normalize: mean and standard deviation, as in training.
+        channels: channels of the images; ``None`` for 8-bit RGB.
 
     Attributes:
         manifest: the shards.
@@ -90,7 +93,7 @@ class ImageSet:
         self,
         manifest: Manifest,
         *,
-        size: int,
+        size: Size,
         limit: int | None,
         batch_size: int,
         rank: int,
@@ -102,24 +105,27 @@ class ImageSet:
         threads: int = 1,
         store: Storage | None = None,
         normalize: Normalize | None = None,
+        channels: ChannelSpec | None = None,
     ) -> None:
         total = manifest.total
         ids = manifest.ids(choose(total, total if limit is None else limit, seed, 0xE7A1))
         self.manifest, self.total = manifest, len(ids)
         normalize = normalize or Normalize()
-        self._spec = ViewSpec("image", 1, size, None, centre=crop_fraction, position=crop_position, normalize=normalize)
+        self._spec = ViewSpec(
+            "image", 1, size, None, centre=crop_fraction, position=crop_position, normalize=normalize, channels=channels
+        )
         self._order = FixedList(ids[rank::world_size], batch_size)
         self.passes = -(-len(ids[::world_size]) // batch_size)
         self._store = store
         self._reader = Reader(manifest, wants=("image", "label"), store=store)
         self.device, self._threads = device, threads
-        self._keep = len(self._order.ids) * size * size * 12 <= _CACHE_BYTES
+        self._keep = len(self._order.ids) * math.prod(self._spec.shape) * 4 * self._spec.in_channels <= _CACHE_BYTES
         self._rank, self._world_size = rank, world_size
         self._cached: list[ImageBatch] | None = None
 
     def blank(self) -> Tensor:
-        """One gray image, ``[1, 3, size, size]``."""
-        return torch.zeros(1, 3, self._spec.size, self._spec.size, device=self.device)
+        """One uniform image, ``[1, channels, height, width]``."""
+        return torch.zeros(1, self._spec.in_channels, *self._spec.shape, device=self.device)
 
     def reader(self, member: Literal["caption", "segmentation"]) -> Reader:
         """A reader of another part of the same samples."""
@@ -153,19 +159,21 @@ class Placement:
     """What all image sets of a rank have in common.
 
     Attributes:
-        size: side of the images in pixels, where the settings do not set one.
+        size: side, or height and width, of the images in pixels, where the settings do not set one.
         rank, world_size: rank and world size.
         device: where images go.
         normalize: mean and standard deviation of the images.
+        channels: channels of the images; ``None`` for 8-bit RGB.
         store: storage of the shards.
         group: process group for host tensors, or ``None`` for the default.
     """
 
-    size: int
+    size: Size
     rank: int
     world_size: int
     device: torch.device
     normalize: Normalize | None = None
+    channels: ChannelSpec | None = None
     store: Storage | None = None
     group: dist.ProcessGroup | None = None
 
@@ -197,7 +205,7 @@ class EvalData:
         self.size, self.group = placement.size, placement.group
 
     def images(
-        self, manifest: Manifest, *, size: int | None, limit: int | None, batch_size: int, crop_position: float = 0.5
+        self, manifest: Manifest, *, size: Size | None, limit: int | None, batch_size: int, crop_position: float = 0.5
     ) -> ImageSet:
         """This rank's images of a data set; ``size`` in pixels, by default the network's own."""
         p = self._placement
@@ -212,6 +220,7 @@ class EvalData:
             device=p.device,
             store=p.store,
             normalize=p.normalize,
+            channels=p.channels,
         )
 
     @cached_property
@@ -267,5 +276,5 @@ def _missing(key: str) -> DataError:
 
 
 def raw_pixels(images: Tensor) -> Tensor:
-    """The pixels as features ``[n, 3 * h * w]``: a baseline for learned features."""
+    """The pixels as features ``[n, channels * h * w]``: a baseline for learned features."""
     return images.flatten(1)

@@ -10,6 +10,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.config.sizes import grid_of
+from pipeline.data.formats.composite import Shown, composite
+from pipeline.evaluation.tiles import fitted, letterboxed
+
 
 def principal(tokens: Tensor) -> tuple[NDArray[np.float32], float]:
     """The first three principal components of the tokens, as colours.
@@ -32,21 +36,36 @@ def principal(tokens: Tensor) -> tuple[NDArray[np.float32], float]:
     return colours.view(*tokens.shape[:2], -1).float().numpy(), share
 
 
-def sheet(images: Tensor, patches: Tensor, *, mean: Sequence[float], std: Sequence[float], tile: int = 128) -> NDArray[np.uint8]:
-    """Images above the PCA of their patches, as one image ``[2 * tile, n * tile, 3]``.
+def sheet(
+    images: Tensor,
+    patches: Tensor,
+    *,
+    patch: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    tile: int = 128,
+    shown: Shown | None = None,
+) -> NDArray[np.uint8]:
+    """Images above the PCA of their patches, as one image ``[2 * tile, n * tile, 3]``; rectangles keep their aspect ratio.
 
     Args:
-        images: normalised, ``[n, 3, size, size]``.
-        patches: ``[n, patches, width]``, a square grid of them.
+        images: normalised, ``[n, channels, height, width]``.
+        patches: ``[n, patches, width]``, in rows.
+        patch: side of a patch, pixels.
         mean, std: of the normalisation.
         tile: side of one image, pixels.
+        shown: channels of the images that are shown as red, green and blue, or ``pca``; ``None`` for RGB images.
     """
     colours, _ = principal(patches)
-    side = round(patches.shape[1] ** 0.5)
-    low = torch.from_numpy(colours).view(len(images), side, side, 3).permute(0, 3, 1, 2)
+    grid = grid_of(images.shape[-2:], patch, patches.shape[1])
+    low = torch.from_numpy(colours).view(len(images), *grid, 3).permute(0, 3, 1, 2)
     shape = (1, 3, 1, 1)
-    pixels = images.detach().float().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
-    rows = [F.interpolate(pixels, (tile, tile), mode="bilinear", antialias=True), F.interpolate(low, (tile, tile))]
-    grid = torch.cat([row.clamp(0, 1).permute(2, 0, 3, 1).reshape(tile, len(images) * tile, 3) for row in rows])
-    pixel_values: NDArray[np.uint8] = (255 * grid).round().byte().numpy()
-    return pixel_values
+    if shown is None:
+        pixels = images.detach().float().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
+    else:
+        views = images.detach().float().cpu().permute(0, 2, 3, 1).numpy()
+        pixels = torch.from_numpy(np.stack([composite(one, shown) for one in views])).permute(0, 3, 1, 2).float() / 255
+    size = fitted((images.shape[-2], images.shape[-1]), tile)
+    rows = [F.interpolate(pixels, size, mode="bilinear", antialias=True), F.interpolate(low, size)]
+    drawn = [(255 * row.clamp(0, 1)).round().byte().permute(0, 2, 3, 1).numpy() for row in rows]
+    return np.concatenate([np.concatenate(list(letterboxed(row, tile)), axis=1) for row in drawn])

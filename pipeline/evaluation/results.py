@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.sizes import Size
 from pipeline.errors import FoveaError
 from pipeline.runtime.locks import lock
 from pipeline.runtime.run_directory import RunDirectory
@@ -65,7 +66,7 @@ class EvalResult:
     Attributes:
         checkpoint: name of the checkpoint, or source of the weights.
         step, samples_seen: how far the checkpoint was trained.
-        image_size: side in pixels of the images where an evaluator's settings do not set one.
+        image_size: side, or height and width, in pixels of the images where an evaluator's settings do not set one.
         queries, bank, classes: images that are evaluated and that are learned from, and classes of the ``knn`` shards; 0 if no
             evaluator uses them.
         scores: by metric.
@@ -74,7 +75,7 @@ class EvalResult:
     checkpoint: str
     step: int = 0
     samples_seen: int = 0
-    image_size: int = 0
+    image_size: Size = 0
     queries: int = 0
     bank: int = 0
     classes: int = 0
@@ -126,9 +127,16 @@ def _read(file: Path, *, old_knn: bool = False) -> EvalResult | None:
     checkpoint = document.get("checkpoint") if old_knn else file.stem
     if not isinstance(checkpoint, str):
         return None
-    counts = {name: _count(document.get(name)) for name in ("step", "samples_seen", "image_size", "queries", "bank", "classes")}
+    counts = {name: _count(document.get(name)) for name in ("step", "samples_seen", "queries", "bank", "classes")}
     scores = _old_knn(document.get("knn")) if old_knn else document.get("scores")
-    return EvalResult(checkpoint, **counts, scores=dict(_numbers(scores)))
+    return EvalResult(checkpoint, **counts, image_size=_size(document.get("image_size")), scores=dict(_numbers(scores)))
+
+
+def _size(value: Any) -> Size:
+    if isinstance(value, list) and len(value) == 2:
+        height, width = map(_count, value)
+        return (height, width) if height and width else 0
+    return _count(value)
 
 
 def _old_knn(networks: Any) -> dict[str, Any]:

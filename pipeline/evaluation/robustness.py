@@ -173,7 +173,7 @@ def _add(model: EvalModel, r: Tensor, features: Callable[[Tensor], Tensor]) -> C
     """Wrap a feature function to add a perturbation in pixel space."""
 
     def call(images: Tensor) -> Tensor:
-        mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (model.mean, model.std))
+        mean, std = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (model.mean, model.std))
         pixels = (images * std + mean + r).clamp(0, 1)
         return features((pixels - mean) / std)
 

@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.config.schema import Config
-from pipeline.data.augment.views import Normalize
+from pipeline.config.sizes import Size
+from pipeline.data.augment.views import Normalize, channel_spec
 from pipeline.data.index.manifest import Manifest
 from pipeline.data.indexing import open_storage
 from pipeline.data.inputs import Inputs
 from pipeline.data.loader.text import tokenizer
+from pipeline.errors import ConfigError
 from pipeline.evaluation.attention import with_attention
 from pipeline.evaluation.base import Evaluator, evaluator_class
 from pipeline.evaluation.images import EvalData, ImageSet, Placement
@@ -41,16 +43,17 @@ def eval_model_of(method: Method, config: Config, device: torch.device) -> EvalM
     """The network that a method exports, as the evaluators see it."""
     view = method.views[0]
     normalize = view.normalize or Normalize()
+    shown = view.channels.composite if view.channels is not None else None
     tower: Any = method.export()["backbone"]
     if not isinstance(method, Contrastive) or method.text is None:
-        return EvalModel(tower, normalize.mean, normalize.std, config.train.precision)
+        return EvalModel(tower, normalize.mean, normalize.std, config.train.precision, composite=shown)
     tokenize = tokenizer(method.text)
 
     def texts(sentences: list[str]) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
             return method.encode_texts(torch.from_numpy(tokenize(sentences)).to(device))
 
-    return EvalModel(tower, normalize.mean, normalize.std, config.train.precision, method.encode_images, texts)
+    return EvalModel(tower, normalize.mean, normalize.std, config.train.precision, method.encode_images, texts, shown)
 
 
 def evaluated_modules(method: Method) -> list[nn.Module]:
@@ -58,13 +61,13 @@ def evaluated_modules(method: Method) -> list[nn.Module]:
     return [method, *method.export().values()]
 
 
-def placement(config: Config, world: World, *, size: int, normalize: Normalize | None) -> Placement:
+def placement(config: Config, world: World, *, size: Size, normalize: Normalize | None) -> Placement:
     """Where and how this rank sees images.
 
     Args:
         config: the settings.
         world: this rank's position in the process group.
-        size: side of the images where the settings do not set one.
+        size: side, or height and width, of the images where the settings do not set one.
         normalize: mean and standard deviation of the images; ImageNet's by default.
     """
     return Placement(
@@ -73,9 +76,26 @@ def placement(config: Config, world: World, *, size: int, normalize: Normalize |
         world_size=world.size,
         device=world.device,
         normalize=normalize or Normalize(),
+        channels=channel_spec(config.data.channels),
         store=open_storage(config),
         group=world.control,
     )
+
+
+def check_channels(model: EvalModel, config: Config) -> None:
+    """Refuses pretrained weights of other channels than those of the shards.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    spec = channel_spec(config.data.channels)
+    count, needed = 3 if spec is None else spec.count, len(model.mean)
+    if count != needed:
+        raise ConfigError(
+            f"the weights read {needed} channels, and the images have {count}",
+            where="data.channels",
+            hint="Leave it out" if needed == 3 else f"Name the {needed} channels that the weights were trained on",
+        )
 
 
 def build_evaluators(
@@ -186,10 +206,10 @@ class Evaluations:
         neighbours = nearest(self._model)
         if self._show is None:
             return
-        mean, std = self._model.mean, self._model.std
-        self._show(step, "pca", sheet(views, tokens.patches, mean=mean, std=std))
+        patch, mean, std, shown = self._model.tower.patch, self._model.mean, self._model.std, self._model.composite
+        self._show(step, "pca", sheet(views, tokens.patches, patch=patch, mean=mean, std=std, shown=shown))
         if attention is not None:
-            self._show(step, "attention", attention_sheet(views, attention, mean=mean, std=std))
+            self._show(step, "attention", attention_sheet(views, attention, patch=patch, mean=mean, std=std, shown=shown))
         if neighbours is not None:
             self._show(step, *neighbours)
 

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from pipeline.config.sizes import grid_of, size_text
 from pipeline.data.index.manifest import Manifest
 from pipeline.data.loader.reader import Reader
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.base import Evaluator
 from pipeline.evaluation.features import FeatureTable, all_reduce_sum, extract
 from pipeline.evaluation.images import EvalData
@@ -137,7 +138,14 @@ class Segmentation(Evaluator[SegmentationSettings]):
     def __init__(self, settings: SegmentationSettings, data: EvalData) -> None:
         super().__init__(settings, data)
         train, test = data.class_maps
-        self._size, self._classes = settings.image_size or data.size, settings.num_classes or 0
+        size = settings.image_size or data.size
+        if not isinstance(size, int):
+            raise ConfigError(
+                f"class maps are evaluated on squares, and images have {size_text(size)} pixels",
+                where="evaluation.segmentation.image_size",
+                hint="Set it to a side",
+            )
+        self._size, self._classes = size, settings.num_classes or 0
         self._positions = window_positions(test) if settings.sliding_window else [0.5]
         size, batch_size = self._size, settings.batch_size
         self._train = data.images(train, size=size, limit=settings.max_train, batch_size=batch_size)
@@ -174,7 +182,7 @@ class Segmentation(Evaluator[SegmentationSettings]):
                 where="evaluation.segmentation",
                 hint="Give shards with .seg.png members",
             )
-        shares = _class_shares(stacked, model.tower.patch, self._classes)
+        shares = _class_shares(stacked, model.tower.patch, self._classes, train.values.shape[1] if len(train.values) else 0)
         held_out = held_out_mask(self._train.total, settings.validation_fraction)[train.positions]
         heads = train_heads(
             train.values[~held_out],
@@ -230,19 +238,24 @@ class Segmentation(Evaluator[SegmentationSettings]):
         matrix = torch.zeros(self._classes, self._classes, dtype=torch.int64)
         head = LinearHeads(heads.weight[rate : rate + 1], heads.bias[rate : rate + 1], heads.mean, heads.scale)
         for row, target in enumerate(targets):
-            side = round(windows[0].shape[1] ** 0.5)
+            side = math.isqrt(windows[0].shape[1])  # windows are squares
             logits = [head(tokens[row])[0].T.reshape(self._classes, side, side) for tokens in windows]
             predicted = merge_windows(logits, positions, *target.shape[-2:])
             matrix += confusion(predicted, target.long(), self._classes)
         return all_reduce_sum(matrix, self.data.group)
 
 
-def _class_shares(maps: Tensor, patch: int, classes: int) -> Tensor:
-    """Shares of the classes among the pixels of each patch, ``[n, patches, classes]``; ignored pixels do not count."""
+def _class_shares(maps: Tensor, patch: int, classes: int, patches: int) -> Tensor:
+    """Shares of the classes among the pixels of each patch, ``[n, patches, classes]``; ignored pixels do not count.
+
+    ``patches`` is the number that the network returns: a convolutional one also has those that reach beyond the image.
+    """
     shares = []
     for one in maps:
-        rows, columns = one.shape[0] // patch, one.shape[1] // patch
-        cut = one[: rows * patch, : columns * patch].view(rows, patch, columns, patch).transpose(1, 2).reshape(-1, patch * patch)
+        rows, columns = grid_of(one.shape, patch, patches)
+        beyond = (0, max(columns * patch - one.shape[1], 0), 0, max(rows * patch - one.shape[0], 0))
+        padded = F.pad(one, beyond, value=IGNORED)[: rows * patch, : columns * patch]
+        cut = padded.reshape(rows, patch, columns, patch).transpose(1, 2).reshape(-1, patch * patch)
         counts = torch.zeros(len(cut), max(classes, IGNORED) + 1).scatter_add_(1, cut, torch.ones(cut.shape))
         shares.append(counts[:, :classes] / (patch * patch))
     return torch.stack(shares) if shares else torch.zeros(0, 1, classes)

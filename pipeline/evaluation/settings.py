@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
-from pipeline.config.types import Count, FilePath, Length, Positive, Settings, Shards, Share
+from pipeline.config.types import Count, FilePath, ImageSize, Length, Positive, Settings, Shards, Share
 
 Need = Literal["bank", "queries", "captions", "text_encoder", "class_maps"]
 """What an evaluator needs: labelled images to learn from, labelled images to evaluate, images with captions to evaluate, a text
@@ -59,8 +59,8 @@ class KnnSettings(EvaluatorSettings):
     temperature: Positive = Field(default=0.07, description="temperature of the softmax that weights the neighbours")
     max_train: Count | None = Field(default=None, description="maximum number of samples in the feature bank; null means all")
     max_val: Count | None = Field(default=None, description="maximum number of validation samples; null means all")
-    image_size: int | None = Field(
-        default=None, ge=8, le=4096, description="side of the image in pixels; null means the size of a global crop"
+    image_size: ImageSize | None = Field(
+        default=None, description="side of the image in pixels, or [height, width]; null means the size of a global crop"
     )
     batch_size: Count = Field(default=256, description="images per forward pass")
     baselines: bool = Field(

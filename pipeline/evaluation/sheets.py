@@ -13,10 +13,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from pipeline.config.sizes import grid_of
+from pipeline.data.formats.composite import Shown, composite
 from pipeline.evaluation.attention import shaded
 from pipeline.evaluation.features import all_gather, all_gather_table, extract
 from pipeline.evaluation.images import ImageSet
 from pipeline.evaluation.retrieval import match_captions
+from pipeline.evaluation.tiles import fitted, letterboxed
 from pipeline.models.eval_model import EvalModel
 
 Sheet = NDArray[np.uint8]
@@ -24,36 +27,58 @@ _RIGHT, _WRONG, _UNKNOWN = (40, 160, 70), (190, 60, 50), (150, 150, 150)
 _FRAME, _INK, _LETTERS, _POINTS = 3, (30, 30, 30), 17, 12
 
 
-def thumbs(images: Tensor, *, mean: Sequence[float], std: Sequence[float], side: int) -> Sheet:
-    """Denormalise images ``[n, 3, h, w]`` to uint8 ``[n, side, side, 3]``."""
+def thumbs(images: Tensor, *, mean: Sequence[float], std: Sequence[float], side: int, shown: Shown | None = None) -> Sheet:
+    """Denormalise images ``[n, channels, h, w]`` to uint8 ``[n, side, side, 3]``; rectangular ones keep their aspect ratio.
+
+    Args:
+        images: normalised.
+        mean, std: of the normalisation.
+        side: side of a thumbnail, pixels.
+        shown: channels shown as red, green and blue, or ``pca``; ``None`` for RGB images.
+    """
+    size = fitted((images.shape[-2], images.shape[-1]), side)
+    if shown is not None:
+        resized = F.interpolate(images.detach().float().cpu(), size, mode="bilinear", antialias=True)
+        return letterboxed(np.stack([composite(one, shown) for one in resized.permute(0, 2, 3, 1).numpy()]), side)
     shape = (1, 3, 1, 1)
     pixels = images.detach().float().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
-    small = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True).clamp(0, 1).permute(0, 2, 3, 1)
-    pixel_values: Sheet = (255 * small).round().byte().numpy()
-    return pixel_values
+    small = F.interpolate(pixels, size, mode="bilinear", antialias=True).clamp(0, 1).permute(0, 2, 3, 1)
+    return letterboxed((255 * small).round().byte().numpy(), side)
 
 
 def attention_sheet(
-    images: Tensor, attention: Tensor, *, mean: Sequence[float], std: Sequence[float], tile: int = 96, heads: int = 8
+    images: Tensor,
+    attention: Tensor,
+    *,
+    patch: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    tile: int = 96,
+    heads: int = 8,
+    shown: Shown | None = None,
 ) -> Sheet:
     """Images above the class token's attention: the mean of all heads, then one row per head.
 
     Args:
-        images: normalised, ``[n, 3, size, size]``.
-        attention: ``[n, heads, patches]``, a square grid of patches.
+        images: normalised, ``[n, channels, height, width]``.
+        attention: ``[n, heads, patches]``, in rows.
+        patch: side of a patch, pixels.
         mean, std: of the normalisation.
         tile: side of one image, pixels.
         heads: maximum number of rows of single heads.
+        shown: as for :func:`thumbs`.
 
     Returns:
         uint8 ``[(2 + heads) * tile, n * tile, 3]``; each map is dark to bright from its own minimum to its own maximum.
     """
-    side = round(attention.shape[2] ** 0.5)
+    grid = grid_of(images.shape[-2:], patch, attention.shape[2])
+    height, width = fitted((images.shape[-2], images.shape[-1]), tile)
     maps = torch.cat([attention.mean(1, keepdim=True), attention[:, :heads]], dim=1).float().cpu().numpy()
-    rows = [thumbs(images, mean=mean, std=std, side=tile)]
+    rows = [thumbs(images, mean=mean, std=std, side=tile, shown=shown)]
     for row in maps.transpose(1, 0, 2):
-        small = [Image.fromarray(shaded(one.reshape(side, side))) for one in row]
-        rows.append(np.stack([np.asarray(one.resize((tile, tile), Image.Resampling.NEAREST)) for one in small]))
+        small = [Image.fromarray(shaded(one.reshape(grid))) for one in row]
+        resized = [np.asarray(one.resize((width, height), Image.Resampling.NEAREST)) for one in small]
+        rows.append(letterboxed(np.stack(resized), tile))
     return np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
 
 
@@ -131,7 +156,11 @@ class NearestImages:
         """All images as thumbnails, in the order of the list."""
         side, none = self._tile, np.zeros((0, self._tile, self._tile, 3), dtype=np.uint8)
         parts = [
-            (thumbs(batch.images, mean=model.mean, std=model.std, side=side), batch.positions.numpy()) for batch in self._images
+            (
+                thumbs(batch.images, mean=model.mean, std=model.std, side=side, shown=model.composite),
+                batch.positions.numpy(),
+            )
+            for batch in self._images
         ]
         own = (np.concatenate([none, *(p[0] for p in parts)]), np.concatenate([np.zeros(0, np.int64), *(p[1] for p in parts)]))
         all_parts = all_gather(own, self._group)

@@ -16,13 +16,14 @@ from pipeline.checkpoint import catalog, files
 from pipeline.checkpoint.files import Saved
 from pipeline.config.load import load
 from pipeline.config.schema import Config
+from pipeline.config.sizes import Size, is_divisible, size_text
 from pipeline.config.validate import check
 from pipeline.data.augment.views import Normalize
 from pipeline.data.inputs import evaluation_data
 from pipeline.errors import CheckpointError, ConfigError, DataError, FoveaError
 from pipeline.evaluation.base import evaluate_all
 from pipeline.evaluation.results import EvalResult, baseline_metric, is_evaluated
-from pipeline.evaluation.runner import Evaluators, build_evaluators, eval_model_of, evaluated_modules, placement
+from pipeline.evaluation.runner import Evaluators, build_evaluators, check_channels, eval_model_of, evaluated_modules, placement
 from pipeline.evaluation.settings import Need
 from pipeline.evaluation.start import compare_with_start
 from pipeline.methods.base import Method
@@ -165,7 +166,7 @@ def evaluate_run(directory: Path, config: Config, request: EvalRequest, world: W
 
 
 def evaluate_weights(
-    source: str, config: Config, request: EvalRequest, world: World, *, timm_name: str | None, size: int | None
+    source: str, config: Config, request: EvalRequest, world: World, *, timm_name: str | None, size: Size | None
 ) -> EvalResult:
     """Evaluate pretrained weights, on all ranks together.
 
@@ -183,10 +184,13 @@ def evaluate_weights(
     config = select(config, request.evaluators)
     loaded = pretrained.load(source, model=timm_name, device=world.device)
     model, side = loaded.subject, size or loaded.size
-    if side % model.tower.patch:
+    if not is_divisible(side, model.tower.patch):
         raise ConfigError(
-            f"{side} must be a multiple of the patch size {model.tower.patch}", where="--size", hint="Choose another size"
+            f"{size_text(side)} must be a multiple of the patch size {model.tower.patch}",
+            where="--size",
+            hint="Choose another size",
         )
+    check_channels(model, config)
     data = labelled_data(config, trained=False)
     where = placement(config, world, size=side, normalize=Normalize(model.mean, model.std))
     evaluators = build_evaluators(config, where, **data)
@@ -223,7 +227,7 @@ def _load_initial_weights(method: Method, config: Config, world: World) -> str |
     return next((text for text in problems if text is not None), None)
 
 
-def _about(config: Config, data: dict[str, Any], *, image_size: int) -> EvalResult:
+def _about(config: Config, data: dict[str, Any], *, image_size: Size) -> EvalResult:
     """A result without scores: numbers of images and of classes of the ``knn`` shards, as far as an evaluator uses them."""
     if "queries" not in data:
         return EvalResult("", image_size=image_size)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.augment.views import Batch, TextSpec, ViewSet, ViewSpec
+from pipeline.data.channel_settings import ChannelSettings
 from pipeline.methods.ema_teacher import Teacher
 from pipeline.methods.health_metrics import HealthMetrics
 from pipeline.models.groups import ParameterGroup
@@ -88,6 +89,11 @@ class Method(nn.Module, ABC):
     def view_sets(self) -> tuple[ViewSet, ...]:
         """The sets of views of which each step draws one; only ``views``, unless the method mixes resolutions."""
         return (ViewSet(self.views),)
+
+    def of_channels(self, settings: ChannelSettings | None) -> Self:
+        """Lets the views be of images with the channels of ``data.channels``, normalized as it says; returns the method."""
+        self.views = tuple(view.of_channels(settings) for view in self.views)
+        return self
 
     def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
         """Processes all micro-batches of a step before the first :meth:`forward`, without gradients.

@@ -29,8 +29,11 @@ def build_method(config: Config) -> Method:
         if error.name != module:
             raise
         raise ConfigError(f"no method {name!r}", where="method.name", hint=f"Write {module}, or choose another") from None
+    channels = config.data.channels
+    if channels is not None:
+        config = config.replace(model=config.model.model_copy(update={"in_channels": channels.count}))
     method: Method = package.build(config, config.method)
-    return adapted(method, config.adapt)
+    return adapted(method.of_channels(channels), config.adapt)
 
 
 def build_seeded_method(config: Config, device: torch.device) -> Method:

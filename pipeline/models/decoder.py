@@ -18,11 +18,12 @@ class Decoder(nn.Module):
         grid: patches per side.
         patch: side of a patch in pixels.
         depth, heads: sizes of the transformer.
+        channels: channels of the images.
     """
 
     positions: Tensor
 
-    def __init__(self, width: int, *, grid: int, patch: int, depth: int = 1, heads: int = 16) -> None:
+    def __init__(self, width: int, *, grid: int, patch: int, depth: int = 1, heads: int = 16, channels: int = 3) -> None:
         super().__init__()
         if width % heads or width % 4:
             raise ConfigError(
@@ -41,7 +42,7 @@ class Decoder(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 module.eps = 1e-6
-        self.pixels = nn.Linear(width, 3 * patch * patch)
+        self.pixels = nn.Linear(width, channels * patch * patch)
 
     def forward(self, tokens: Tokens, removed: Tensor, *, everywhere: bool = False) -> tuple[Tensor, Tensor]:
         """Decoded patches, and the pixels of the masked ones. The last block skips tokens whose output is not used.
@@ -53,7 +54,7 @@ class Decoder(nn.Module):
 
         Returns:
             ``[batch, removed, width]`` in the order of ``removed``, or ``[batch, patches, width]`` in the grid's order; and
-            ``[batch, removed, 3 * patch * patch]`` in the order of ``removed``.
+            ``[batch, removed, channels * patch * patch]`` in the order of ``removed``.
         """
         if tokens.kept is None:
             raise ConfigError("no token was masked", where="Decoder", hint="Pass the encoder the mask")
@@ -90,10 +91,10 @@ def sincos_positions(grid: int, width: int) -> Tensor:
 
 
 def patchified(images: Tensor, patch: int, *, standardise: bool = True) -> Tensor:
-    """The pixels of each patch, ``[batch, patches, patch * patch * 3]`` fp32, by row, column and channel.
+    """The pixels of each patch, ``[batch, patches, patch * patch * channels]`` fp32, by row, column and channel.
 
     Args:
-        images: ``[batch, 3, side, side]``, the side a multiple of the patch.
+        images: ``[batch, channels, side, side]``, the side a multiple of the patch.
         patch: side of a patch in pixels.
         standardise: normalize each patch by its own mean and (unbiased) standard deviation, so that a prediction of 0 has a
             mean squared error of ``(n - 1) / n``.

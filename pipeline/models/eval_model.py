@@ -6,7 +6,7 @@ import contextlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ class Tower(Protocol):
     width: int
 
     def __call__(self, images: Tensor) -> Any:
-        """Tokens of normalized images ``[n, 3, h, w]``: ``cls [n, width]`` and ``patches [n, count, width]``."""
+        """Tokens of normalized images ``[n, channels, h, w]``: ``cls [n, width]`` and ``patches [n, count, width]``."""
         ...
 
 
@@ -36,17 +36,19 @@ class EvalModel:
     Attributes:
         tower: the network.
         mean, std: of its images, as fractions of full intensity.
+        composite: channels that people are shown as red, green and blue, or ``pca``; ``None`` for RGB images.
         precision: ``bf16`` evaluates under autocast.
         images: encodes images in the joint image-text space, ``[n, embed]``, not normalized; ``None`` without a text encoder.
         texts: encodes texts likewise.
     """
 
     tower: Tower
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     precision: str = "fp32"
     images: Callable[[Tensor], Tensor] | None = None
     texts: Callable[[list[str]], Tensor] | None = None
+    composite: tuple[int, ...] | Literal["pca"] | None = None
 
     def tokens(self, images: Tensor) -> Any:
         """Class token and patch tokens, see :class:`Tower`."""

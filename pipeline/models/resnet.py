@@ -8,6 +8,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from pipeline.config.sizes import Size
 from pipeline.errors import ConfigError
 from pipeline.models.initialization import initialize_resnet
 from pipeline.models.norms import GlobalBatchNorm
@@ -43,11 +44,12 @@ class ResNetTower(nn.Module):
         super().__init__()
         self.net, self.channels_last = net, channels_last
         self.timm_name, self.timm_args, self.stem = timm_name, timm_args, stem
+        self.in_channels = int(timm_args.get("in_chans", 3))
         self.width = int(getattr(net, "num_features"))  # noqa: B009 - of timm's models, unknown to nn.Module
         self.patch = {"patch": 32, "small_pooled": 16, "small": 8}[stem]
 
     def forward(self, images: Tensor, *, local: bool = False, patches: Literal["all", "none"] = "all") -> Tokens:
-        """Tokens of ``[batch, 3, height, width]``; the other arguments, for vision transformers, are ignored."""
+        """Tokens of ``[batch, channels, height, width]``; the other arguments, for vision transformers, are ignored."""
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         features = self.net.forward_features(images)  # type: ignore[operator]
@@ -58,7 +60,7 @@ class ResNetTower(nn.Module):
 Tower = VisionTower | ResNetTower
 
 
-def build_trunk(settings: ModelSettings, *, image_size: int) -> Tower:
+def build_trunk(settings: ModelSettings, *, image_size: Size) -> Tower:
     """Builds a ResNet if ``model.timm_name`` names one, else a vision transformer.
 
     Raises:
@@ -74,6 +76,8 @@ def build_trunk(settings: ModelSettings, *, image_size: int) -> Tower:
         )
     stem: Stem = "patch" if settings.stem == "conv" else settings.stem
     args: dict[str, Any] = {"num_classes": 0, "zero_init_last": False, **_sizes(name, settings)}
+    if settings.channels != 3:
+        args["in_chans"] = settings.channels
     try:
         net = timm.create_model(name, pretrained=False, norm_layer=GlobalBatchNorm, drop_path_rate=settings.drop_path, **args)
     except (ValueError, RuntimeError, ArithmeticError, AssertionError) as error:
@@ -83,7 +87,7 @@ def build_trunk(settings: ModelSettings, *, image_size: int) -> Tower:
             hint="Choose a larger width, or resnet18",
         ) from error
     if stem != "patch":
-        _shrink_stem(net, pool=stem == "small_pooled")
+        _shrink_stem(net, pool=stem == "small_pooled", channels=settings.channels)
     initialize_resnet(net, settings)
     return ResNetTower(net, timm_name=name, timm_args=args, stem=stem, channels_last=settings.channels_last)
 
@@ -107,9 +111,9 @@ def _sizes(name: str, settings: ModelSettings) -> dict[str, Any]:
     return sizes
 
 
-def _shrink_stem(net: Any, *, pool: bool) -> None:
+def _shrink_stem(net: Any, *, pool: bool, channels: int) -> None:
     """Replaces the stem, also a deep one, by a 3x3 convolution of stride 1, with 3x3 max pooling of stride 2 or without."""
-    net.conv1 = nn.Conv2d(3, net.feature_info[0]["num_chs"], 3, padding=1, bias=False)
+    net.conv1 = nn.Conv2d(channels, net.feature_info[0]["num_chs"], 3, padding=1, bias=False)
     nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
     net.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if pool else nn.Identity()
 

@@ -19,6 +19,13 @@ class ModelSettings(Settings):
         pattern=r"^[A-Za-z0-9_.]+$",
         description="name of a timm vision transformer or ResNet; leave the architecture's fields unset with it",
     )
+    in_channels: int | None = Field(
+        default=None,
+        ge=1,
+        le=16,
+        description="channels of the images; null means those of data.channels, or 3. Weights for RGB images are extended by the "
+        "rule init_from.input_channels",
+    )
     embed_dim: Count | None = Field(default=None, description="token width")
     depth: Count | None = Field(default=None, description="number of transformer blocks")
     num_heads: Count | None = Field(default=None, description="attention heads per block")
@@ -110,6 +117,11 @@ class ModelSettings(Settings):
         "this; null disables it",
     )
     untie_local_norm: bool = Field(default=False, description="give local crops a final norm of their own in training (DINOv3)")
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images."""
+        return self.in_channels or 3
 
     @property
     def patch_side(self) -> int | None:

@@ -20,6 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.config.sizes import Size, is_divisible, size_text
 from pipeline.errors import ConfigError
 from pipeline.models.depth import set_stochastic_depth
 from pipeline.models.initialization import initialize_transformer
@@ -46,6 +47,7 @@ class VisionTower(nn.Module):
             code for models with registers; see :meth:`merge_class_position`.
 
     Attributes:
+        in_channels: channels of the images.
         lr_mult: learning-rate multiplier of all its parameters.
         starts_frozen: whether it is not trained at the start of a run.
     """
@@ -88,6 +90,7 @@ class VisionTower(nn.Module):
         self.vit = vit
         self.timm_name, self.timm_args = timm_name, dict(timm_args or {})
         self.width = vit.embed_dim
+        self.in_channels = int(self.timm_args.get("in_chans", 3))
         self.patch = int(vit.patch_embed.feat_ratio())
         self.resampling: Resampling = resampling
         self.mask_token = nn.Parameter(torch.zeros(1, 1, vit.embed_dim))
@@ -112,7 +115,7 @@ class VisionTower(nn.Module):
         """Tokens of a batch of images, after the final norm.
 
         Args:
-            images: float ``[batch, 3, height, width]``, sides multiples of the patch size.
+            images: float ``[batch, channels, height, width]``, sides multiples of the patch size.
             mask: bool ``[batch, patches]``, true where the mask token replaces a patch, before positions are added.
             keep: int64 ``[batch, kept]``, patches to keep after positions are added; all others are dropped.
             local: whether these are local crops, which use the local norm if the tower has one.
@@ -227,12 +230,13 @@ def _walk(
     return torch.cat([pooled[:, None], tokens], dim=1) if read is None else torch.cat([pooled, tokens.flatten(0, 1)[read]])
 
 
-def build_tower(settings: ModelSettings, *, image_size: int) -> VisionTower:
+def build_tower(settings: ModelSettings, *, image_size: Size) -> VisionTower:
     """Builds a vision tower with random weights.
 
     Args:
         settings: a timm name, or the sizes.
-        image_size: side in pixels of the images that set the position embedding's grid; other sizes are resampled.
+        image_size: side, or height and width, in pixels of the images that set the position embedding's grid; other sizes are
+            resampled.
 
     Raises:
         ConfigError: incompatible sizes, or a timm model that is not a plain ViT with a class token.
@@ -260,8 +264,10 @@ def _same_start(vit: Eva) -> None:
             nn.init.trunc_normal_(layer.weight, std=0.02)
 
 
-def _timm_call(settings: ModelSettings, image_size: int) -> tuple[str, dict[str, Any]]:
+def _timm_call(settings: ModelSettings, image_size: Size) -> tuple[str, dict[str, Any]]:
     common: dict[str, Any] = {"img_size": image_size, "num_classes": 0, "dynamic_img_size": True}
+    if settings.channels != 3:
+        common["in_chans"] = settings.channels
     moved = {"shift": settings.rope_shift_coords, "jitter": settings.rope_jitter_coords, "rescale": settings.rope_rescale_coords}
     rotary = {f"rope_{name}_coords": value for name, value in moved.items() if value is not None}
     if settings.timm_name:
@@ -273,9 +279,9 @@ def _timm_call(settings: ModelSettings, image_size: int) -> tuple[str, dict[str,
             where="model",
             hint="Set model.timm_name, or embed_dim, depth, num_heads and patch_size",
         )
-    if width % heads or image_size % patch:
+    if width % heads or not is_divisible(image_size, patch):
         raise ConfigError(
-            f"width {width} must be divisible by {heads} heads, and images of {image_size} px by patches of {patch} px",
+            f"width {width} must be divisible by {heads} heads, and images of {size_text(image_size)} px by {patch} px patches",
             where="model",
             hint="Choose sizes that divide",
         )
@@ -301,7 +307,7 @@ def _timm_call(settings: ModelSettings, image_size: int) -> tuple[str, dict[str,
     if settings.ffn == "swiglu":
         args |= {"mlp_ratio": (2 * hidden + 0.5) / width, "mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
     if settings.stem == "conv":
-        args |= {"patch_size": 1, "embed_layer": conv_stem(patch, width)}
+        args |= {"patch_size": 1, "embed_layer": conv_stem(patch, width, settings.channels)}
     return "vit_base_patch16_clip_224" if settings.pre_norm else "vit_base_patch16_224", args
 
 

@@ -34,6 +34,7 @@ _CURVES = (
 )
 _CHOICES = ("/rate", "/layers", "/patches", "/cost", "/chosen_on", "_rank", "_p10")  # in the table, but not plotted
 _ABSENT = "—"
+_LONGEST = 400  # characters of a description of selections
 _NAME = 100  # maximum length of a run's name
 _CHARTS = 60  # maximum number of scores that are plotted
 
@@ -170,13 +171,15 @@ def _overview(runs: Sequence[RunSummary]) -> list[list[str]]:
         seconds = float(o.get("seconds", m.get("seconds", 0.0)))
         rates = list(summary.history.metrics.get("perf/images_per_second", {}).values())
         bad = sum(int(n) for n in data.get("substituted", {}).values())
-        total = int(_json(summary.directory.path / "plan.json").get("steps", o.get("steps", 0)))
+        plan = _json(summary.directory.path / "plan.json")
+        total, selection = int(plan.get("steps", o.get("steps", 0))), str(plan.get("selection", ""))[:_LONGEST]
         for name, value in {
             "method": str(summary.config.get("method", {}).get("name", "unknown")),
             "state": _state(summary),
             "samples seen": number(seen),
             "steps": f"{number(step)} of {number(total)}" if total else number(step),
             "epochs": f"{seen / data['samples']:.2f}" if data.get("samples") else _ABSENT,
+            "selection": selection or _ABSENT,
             "time spent training": clock(seconds) if seconds else _ABSENT,
             "images per second, median": number(statistics.median(rates)) if rates else _ABSENT,
             "images per second, entire run": number(seen / seconds) if seconds else _ABSENT,
@@ -185,7 +188,7 @@ def _overview(runs: Sequence[RunSummary]) -> list[list[str]]:
             "samples substituted": f"{number(bad)} of {number(float(data['seen']))}" if data.get("seen") else _ABSENT,
         }.items():
             rows.setdefault(name, []).append(value)
-    return [[name, *values] for name, values in rows.items()]
+    return [[name, *values] for name, values in rows.items() if name != "selection" or set(values) != {_ABSENT}]
 
 
 def _state(summary: RunSummary) -> str:

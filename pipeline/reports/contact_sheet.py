@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from pipeline.data.formats.composite import Shown, composite, default_shown
 from pipeline.data.index.captions import REPLACED
 from pipeline.data.index.manifest import Manifest
 from pipeline.data.order.random import choose
@@ -17,7 +18,7 @@ _SIDE, _GAP, _LINE, _COLUMNS = 224, 16, 18, 8
 _DRAW = 0xC0A7  # random stream of this draw
 
 
-def write(manifest: Manifest, out: Path, count: int, seed: int = 0) -> None:
+def write(manifest: Manifest, out: Path, count: int, seed: int = 0, *, shown: Shown | None = None) -> None:
     """Draw some samples of an index, sampled from all shards.
 
     Args:
@@ -25,11 +26,12 @@ def write(manifest: Manifest, out: Path, count: int, seed: int = 0) -> None:
         out: output file; an image if its name ends in ``.png``, else a self-contained HTML page.
         count: number of samples.
         seed: seed of the selection.
+        shown: of images with declared channels, those that are shown; by default the first three.
 
     Raises:
         DataError: missing shards, or a file that cannot be written.
     """
-    cells = gather(manifest, count, seed)
+    cells = gather(manifest, count, seed, shown=shown)
     if out.suffix.lower() == ".png":
         with page.writing(out):
             sheet(cells).save(out)
@@ -46,9 +48,9 @@ def write(manifest: Manifest, out: Path, count: int, seed: int = 0) -> None:
     )
 
 
-def gather(manifest: Manifest, count: int, seed: int = 0) -> list[tuple[Image.Image, str, str]]:
+def gather(manifest: Manifest, count: int, seed: int = 0, *, shown: Shown | None = None) -> list[tuple[Image.Image, str, str]]:
     """Image, key and description of some samples, in the order of the shards; gray where an image cannot be decoded."""
-    from pipeline.data.augment.decode import Decoder
+    from pipeline.data.augment.decode import decoder_of
     from pipeline.data.loader.reader import Reader
     from pipeline.data.settings import StorageSettings
     from pipeline.data.storage import Storage
@@ -56,7 +58,7 @@ def gather(manifest: Manifest, count: int, seed: int = 0) -> list[tuple[Image.Im
     chosen = choose(manifest.total, count, seed, _DRAW)
     near = Storage(StorageSettings(access="range_read", outage_timeout=20.0))  # do not download whole shards for a few samples
     records = Reader(manifest, wants=("image", "caption", "label"), store=near).fetch(manifest.ids(chosen))
-    decoder, cells = Decoder(), []
+    decoder, cells = decoder_of(manifest.fields), []
     for record in records:
         pixels = decoder.decode([record.image])[0] if record.image is not None else None
         about = [f"{record.width} x {record.height}"]
@@ -67,6 +69,8 @@ def gather(manifest: Manifest, count: int, seed: int = 0) -> list[tuple[Image.Im
         if pixels is None:
             about.insert(0, f"cannot be used ({record.status if record.status != 'ok' else 'undecodable'})")
             pixels = np.full((_SIDE, _SIDE, 3), 128, np.uint8)
+        elif manifest.fields.channels is not None:
+            pixels = composite(pixels, shown or default_shown(manifest.fields.channels.count))
         cells.append(
             (images.fitted(pixels, _SIDE, sharp=True), printable(f"{record.shard_name}  {record.key}"), "  ".join(about))
         )

@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from pipeline.config.load import Loaded
 from pipeline.config.schema import Config
+from pipeline.config.sizes import size_text
+from pipeline.data.formats.composite import composite
 from pipeline.data.index.captions import REPLACED
 from pipeline.data.indexing import open_storage
 from pipeline.data.inputs import Inputs, prepare
@@ -24,6 +28,8 @@ from pipeline.reports.images import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION
 from pipeline.untrusted import printable
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pipeline.data.augment.plan import ViewPlan
     from pipeline.data.augment.views import ViewSpec
 
@@ -108,7 +114,7 @@ def gather(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], count: i
         DataError: missing shards, or none of the samples can be decoded.
     """
     from pipeline.data.augment.dali import Augmenter
-    from pipeline.data.augment.decode import Decoder
+    from pipeline.data.augment.decode import decoder_of
     from pipeline.data.loader.encoded_batches import StepDataset
     from pipeline.data.loader.reader import Reader
     from pipeline.data.order.order import divisors
@@ -121,7 +127,8 @@ def gather(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], count: i
     )
     portion = StepDataset(reader, order, specs, seed=config.run.seed, world=ranks, rank=0)[0]
     records = portion.records[:count]
-    decoded = Decoder(threads=config.data.decode_threads).decode([record.image or b"" for record in records])
+    decoder = decoder_of(inputs.train.fields, threads=config.data.decode_threads)
+    decoded = decoder.decode([record.image or b"" for record in records])
     usable = [
         row
         for row, image in enumerate(decoded)
@@ -153,10 +160,10 @@ def gather(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], count: i
             for view in range(spec.count):
                 plan, sign, colour = plans[number], str(number + 1), _COLOURS[number if number < 2 else 2 + (number - 2) % 4]
                 mask = portion.masks[spec.name][view, row] if spec.name in portion.masks else None
-                image = images.fitted(images.pixels(cut[spec.name][view][position]), _LARGE if number < 2 else _SMALL, sharp=True)
-                if mask is not None and mask.any():
-                    side = round(len(mask) ** 0.5)
-                    image = images.veiled(image, mask.reshape(side, side))
+                pixels = _colours(cut[spec.name][view][position], spec)
+                image = images.fitted(pixels, _LARGE if number < 2 else _SMALL, sharp=True)
+                if mask is not None and spec.mask is not None and mask.any():
+                    image = images.veiled(image, mask.reshape(spec.grid(spec.mask.patch)))
                 name = f"{spec.name} {view + 1}" if spec.count > 1 else spec.name
                 views.append(
                     View(name, _done(plan, position), image, float(mask.mean()) if mask is not None else 0.0, sign, colour)
@@ -165,7 +172,9 @@ def gather(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], count: i
                 box = (left / record.width, top / record.height, right / record.width, bottom / record.height)
                 frames.append((box, colour, sign, 4 if number < 2 else 2))
                 number += 1
-        image = images.boxed(images.fitted(decoded[row], _ORIGINAL), frames)
+        channels = specs[0].channels
+        original = decoded[row] if channels is None else composite(decoded[row], channels.composite)
+        image = images.boxed(images.fitted(original, _ORIGINAL), frames)
         samples.append(
             Sample(
                 printable(record.key),
@@ -179,12 +188,25 @@ def gather(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], count: i
     return samples
 
 
+def _colours(view: Tensor, spec: ViewSpec) -> NDArray[np.uint8]:
+    """A normalized view as people see it, uint8 ``[size, size, 3]``."""
+    if spec.channels is None:
+        return images.pixels(view)
+    return composite(view.permute(1, 2, 0).numpy(), spec.channels.composite)
+
+
 def _done(plan: ViewPlan, row: int) -> str:
     """Describe the augmentations of a crop in the order in which they are applied."""
     from pipeline.data.augment.operators import OPERATORS
 
     labels = {"blur": f"blur {plan.values['sigma'][row]:.1f} px", "solarize": "solarized"}
     steps = [labels.get(one.name, one.name) for one in OPERATORS if plan.values[one.condition][row]]
+    if "gain" in plan.values:
+        steps.append("gain and offset")
+    if "noise_sigma" in plan.values:
+        steps.append(f"noise {plan.values['noise_sigma'][row]:.2f}")
+    if "channel_kept" in plan.values and (lost := int((plan.values["channel_kept"][row] == 0).sum())):
+        steps.append(f"without {lost} channels")
     return ", ".join([*steps, *(["flip"] if plan.flip[row] else [])])
 
 
@@ -231,7 +253,7 @@ def legend(specs: Sequence[ViewSpec]) -> str:
     """Describe the views of a method."""
     parts = []
     for spec in specs:
-        crop = f"{spec.count} {spec.name} {'view' if spec.count == 1 else 'views'} of {spec.size} pixels"
+        crop = f"{spec.count} {spec.name} {'view' if spec.count == 1 else 'views'} of {size_text(spec.size)} pixels"
         crop += (
             f" from {100 * spec.crop_scale[0]:.0f} to {100 * spec.crop_scale[1]:.0f} % of the image" if spec.crop_scale else ""
         )

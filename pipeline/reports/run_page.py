@@ -14,6 +14,7 @@ from PIL import Image
 
 from pipeline.checkpoint.files import Saved
 from pipeline.config.schema import Config
+from pipeline.config.sizes import grid_of, scaled, size_text
 from pipeline.data.inputs import prepare
 from pipeline.evaluation.gallery import Gallery, varied
 from pipeline.evaluation.principal import principal
@@ -207,17 +208,18 @@ def _patches(gallery: Gallery) -> dict[str, Any]:
     """Variables of the figure of principal components: a row of images, and one of each network."""
     import torch
 
-    size = 2 * gallery.size
+    size = scaled(gallery.size, 2)
     views, captions = gallery.images(gallery.queries, varied(gallery.queries, PCA), size)
-    side = size // gallery.towers["trained"].patch
-    rows = [_row("image", f"{size} pixels a side", [images.pixels(view) for view in views], captions)]
+    about = f"{size} pixels a side" if isinstance(size, int) else f"{size_text(size)} pixels"
+    rows = [_row("image", about, [images.pixels(view) for view in views], captions)]
     for name, tower in gallery.towers.items():
         with torch.inference_mode():
             tokens = torch.cat([tower(part).patches for part in views.split(8)])
+        grid = grid_of(size, tower.patch, tokens.shape[1])
         colours, share = principal(tokens)
-        maps = np.rint(255 * colours).astype(np.uint8).reshape(len(views), side, side, -1)
+        maps = np.rint(255 * colours).astype(np.uint8).reshape(len(views), *grid, -1)
         rows.append(_row(name, f"{100 * share:.0f} % of the variance", list(maps), captions))
-    return {"rows": rows, "side": side, "count": len(views)}
+    return {"rows": rows, "grid": size_text(grid), "count": len(views)}
 
 
 def _row(title: str, note: str, tiles: Sequence[images.Pixels], captions: Sequence[str]) -> dict[str, Any]:

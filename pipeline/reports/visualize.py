@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from pipeline.config.sizes import Size, grid_of, height_width, is_divisible, nearest_sizes, scaled, size_text
+from pipeline.data.formats.composite import composite
 from pipeline.errors import ConfigError, DataError
 from pipeline.reports import images, page
 from pipeline.weights.from_checkpoint import chosen
@@ -16,12 +18,14 @@ from pipeline.weights.from_checkpoint import chosen
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pipeline.config.schema import Config
+    from pipeline.data.augment.views import ViewSpec
     from pipeline.models.eval_model import EvalModel
 
 _TILE = 168  # size in pixels of an image on the page
 
 
-def run(path: Path, files: Sequence[Path], *, out: Path, texts: Sequence[str], size: int | None) -> int:
+def run(path: Path, files: Sequence[Path], *, out: Path, texts: Sequence[str], size: Size | None) -> int:
     """Write the page and print its path; returns the exit code.
 
     Args:
@@ -29,7 +33,7 @@ def run(path: Path, files: Sequence[Path], *, out: Path, texts: Sequence[str], s
         files: images.
         out: the HTML file.
         texts: sentences to locate in the images, for methods with a text encoder.
-        size: side of the images in pixels; twice the training size by default.
+        size: side, or height and width, of the images in pixels; twice the training size by default.
 
     Raises:
         FoveaError: no checkpoint, no image, a size that is not a multiple of the patch size, or texts without a text encoder.
@@ -54,18 +58,23 @@ def run(path: Path, files: Sequence[Path], *, out: Path, texts: Sequence[str], s
     method.eval()
     model = eval_model_of(method, config, torch.device("cpu"))
     view = method.views[0]
-    side, patch = size or 2 * view.size, model.tower.patch
-    if side % patch:
+    shown, patch = size or scaled(view.size, 2), model.tower.patch
+    if not is_divisible(shown, patch):
+        near = nearest_sizes(shown, patch)[0]
         raise ConfigError(
-            f"{side} pixels must be a multiple of the patch size of {patch}",
+            f"{size_text(shown)} pixels must be a multiple of the patch size of {patch}",
             where="--size",
-            hint=f"Choose for example {side // patch * patch or patch}",
+            hint=f"Choose for example {'x'.join(map(str, height_width(near))) if not isinstance(near, int) else near}",
         )
     if texts and (not isinstance(method, Contrastive) or "image_pool" in method.export()):
         raise ConfigError(f"{config.method.name} cannot compare patches with texts", where="--text", hint="Remove the option")
     normalize = view.normalize or Normalize()
-    squares = [square(file, side) for file in files]
-    batch = torch.stack([_normal(one, normalize.mean, normalize.std) for one in squares])
+    if view.channels is None:
+        squares = [centre(file, shown) for file in files]
+        batch = torch.stack([_normal(one, normalize.mean, normalize.std) for one in squares])
+    else:
+        batch = torch.stack([_channel_centre(file, config, view, shown) for file in files])
+        squares = [composite(one.permute(1, 2, 0).numpy(), view.channels.composite) for one in batch]
     page.write(
         out,
         "visualize",
@@ -75,15 +84,15 @@ def run(path: Path, files: Sequence[Path], *, out: Path, texts: Sequence[str], s
         checkpoint=saved.path.name,
         count=len(files),
         rows=_rows(model, method, batch, squares, list(texts)),
-        size=side,
-        side=side // patch,
+        size=size_text(shown),
+        grid=size_text(grid_of(shown, patch)),
     )
     print(f"{out}: open it in a browser")
     return 0
 
 
-def square(file: Path, side: int) -> np.ndarray:
-    """The centre square of an image, uint8 ``[side, side, 3]``.
+def centre(file: Path, size: Size) -> np.ndarray:
+    """The largest centred part of an image with the aspect ratio of a size, uint8 ``[height, width, 3]``.
 
     Raises:
         DataError: the file is not an image.
@@ -95,7 +104,53 @@ def square(file: Path, side: int) -> np.ndarray:
             upright = ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
         raise DataError(f"the image cannot be read ({error})", where=str(file), hint="Choose JPEG or PNG files") from error
-    return np.asarray(ImageOps.fit(upright, (side, side), Image.Resampling.BICUBIC))
+    return np.asarray(ImageOps.fit(upright, height_width(size)[::-1], Image.Resampling.BICUBIC))
+
+
+def _channel_centre(file: Path, config: Config, view: ViewSpec, size: Size) -> Tensor:
+    """The same of an image of declared channels, normalized, float32 ``[channels, height, width]``, as evaluations see it.
+
+    Raises:
+        DataError: the file has other channels.
+        ConfigError: an image of this run consists of several files.
+    """
+    from pipeline.data.augment.dali import Augmenter
+    from pipeline.data.augment.plan import make_plan
+    from pipeline.data.augment.views import ViewSpec
+    from pipeline.data.formats import read
+    from pipeline.data.formats.channels import required
+    from pipeline.untrusted import read_bytes
+
+    channels = required(config.data.channels)
+    assert channels is not None
+    if channels.members:
+        raise ConfigError(
+            "an image of this run consists of several files", where="visualize", hint="Join them in one TIFF or NumPy file"
+        )
+    limits = {"min_side": 1, "max_pixels": config.data.max_pixels}
+    try:
+        data = read_bytes(file, limit=1 << 30)
+    except OSError as error:
+        raise DataError(f"the image cannot be read ({error.strerror})", where=str(file), hint="Choose another file") from error
+    about = read.inspect(data, channels, **limits)
+    image = read.decode(data, channels, max_pixels=config.data.max_pixels) if about.status == "ok" else None
+    if image is None:
+        reason = about.status if about.status != "ok" else "undecodable"
+        raise DataError(
+            f"the image cannot be used ({reason}): the run reads {channels.count} channels of {channels.dtype}",
+            where=str(file),
+            hint="Choose a TIFF, PNG, NumPy or DICOM file with these channels",
+        )
+    spec = ViewSpec("image", 1, size, None, normalize=view.normalize, channels=view.channels)
+    plan = make_plan(
+        (spec,),
+        ids=np.zeros(1, dtype=np.uint64),
+        epochs=np.zeros(1, dtype=np.int64),
+        sizes=np.array([image.shape[:2]]),
+        seed=0,
+    )
+    made: Tensor = Augmenter((spec,), batch_size=1, hue="off").run([image.astype(np.float32)], plan)["image"][0][0].clone()
+    return made
 
 
 def _normal(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -112,22 +167,22 @@ def _rows(model: EvalModel, method: Any, batch: Tensor, squares: Sequence[np.nda
     from pipeline.evaluation.attention import looked_at, readable, shaded
     from pipeline.evaluation.principal import principal
 
-    side = batch.shape[-1] // model.tower.patch
     with torch.inference_mode():
         patches = torch.cat([model.tokens(part).patches.float() for part in batch.split(4)])
         attention = torch.cat([looked_at(model, part) for part in batch.split(4)])
+    grid = grid_of(batch.shape[-2:], model.tower.patch, patches.shape[1])
     colours, share = principal(patches)
     rows = [_row("image", "", list(squares))]
-    maps = np.rint(255 * colours).astype(np.uint8).reshape(len(batch), side, side, 3)
+    maps = np.rint(255 * colours).astype(np.uint8).reshape(len(batch), *grid, 3)
     rows.append(_row("patches", f"{100 * share:.0f} % of the variance", list(maps)))
     note = "of the last block, mean of its heads" if readable(model) else "cosine with the class token"
-    rows.append(_row("attention", note, [shaded(one.numpy().reshape(side, side)) for one in attention]))
+    rows.append(_row("attention", note, [shaded(one.numpy().reshape(grid)) for one in attention]))
     if texts and model.texts is not None:
         with torch.inference_mode():
             embeddings = F.normalize(method.image_projection(patches).float(), dim=2)
             similarity = embeddings @ F.normalize(model.texts(texts).float(), dim=1).T
         for number, text in enumerate(texts):
-            rows.append(_row(f"“{text}”", "cosine", [shaded(one[:, number].numpy().reshape(side, side)) for one in similarity]))
+            rows.append(_row(f"“{text}”", "cosine", [shaded(one[:, number].numpy().reshape(grid)) for one in similarity]))
     return rows
 
 

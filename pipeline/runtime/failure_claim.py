@@ -21,13 +21,13 @@ def claim(folder: Path, own: dict[str, Any]) -> bool:
     Args:
         folder: the attempt's log directory.
         own: ``rank``, ``what``, ``code``, ``step`` and the fields of :func:`pipeline.errors.failure_fields`; the host name is
-            added.
+            added, unless they name a node.
     """
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     temporary = folder / f".failure-{own['rank']}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({**own, "node": node}))
+        temporary.write_text(json.dumps({"node": node, **own}))
         os.link(temporary, folder / NAME)  # atomic: only the first link succeeds
     except FileExistsError:
         return False

@@ -7,13 +7,22 @@ import gc
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 _OF_LAUNCHERS = frozenset(
     (
-        *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_STEP_ID", "FOVEA_ATTEMPT", "FOVEA_KEY"),
+        *(
+            "RANK",
+            "WORLD_SIZE",
+            "LOCAL_RANK",
+            "LOCAL_WORLD_SIZE",
+            "SLURM_STEP_ID",
+            "FOVEA_ATTEMPT",
+            "FOVEA_KEY",
+            "FOVEA_SNAPSHOTS",
+        ),
         *("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),
     )
 )
@@ -42,6 +51,12 @@ def module_command(name: str, *arguments: str) -> list[str]:
         arguments: arguments of the program.
     """
     return [sys.executable, "-P", "-c", _START, str(ROOT), name, *arguments]
+
+
+def module_argv(command: Sequence[str]) -> list[str] | None:
+    """Returns the module and the arguments of a command line of :func:`module_command`; ``None`` for any other."""
+    head = module_command("")[:-1]
+    return list(command[len(head) :]) if list(command[: len(head)]) == head else None
 
 
 def safe_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:

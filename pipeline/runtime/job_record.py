@@ -10,6 +10,7 @@
 <run>/final_state.json        the final state of the run, once it has ended
 <run>/excluded.json           nodes that the run avoids, with reasons and until when
 <run>/live.json               the job whose supervisor attends the run
+<run>/work.json               samples that an embedding job has done, of how many
 <run>/handover.json           the job whose supervisor cancelled it in favour of its successor
 """
 
@@ -27,6 +28,7 @@ from pipeline.runtime.run_directory import RunDirectory
 from pipeline.untrusted import read_json
 
 STOP, SAVE, NOW = "stop", "save", "now"
+WORK = "work.json"
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -152,9 +154,11 @@ def outcome(run: RunDirectory, attempt: int) -> dict[str, Any] | None:
 
 
 def saved_step(run: RunDirectory) -> int:
-    """Returns the step of the newest checkpoint; -1 if there is none."""
+    """Returns the step of the newest checkpoint, or of an embedding job the samples that are done; -1 if there is neither."""
     steps = [path.name[5:] for path in run.checkpoints.glob("step_*") if (path / "manifest.json").exists()]
-    return max((int(step) for step in steps if step.isdecimal()), default=-1)
+    done = read(run.path / WORK).get("done")
+    work = done if type(done) is int and 0 <= done < 1 << 62 else -1
+    return max((int(step) for step in steps if step.isdecimal()), default=work)
 
 
 def endings(run: RunDirectory) -> list[dict[str, Any]]:

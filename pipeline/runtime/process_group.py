@@ -31,6 +31,7 @@ class World:
         device: this rank's device.
         control: gloo group for small collectives on the host; ``None`` (the default group) if that is gloo itself.
         local_size: number of ranks on this node.
+        store: key-value store of this set of ranks, for counters that they share without a collective.
     """
 
     rank: int
@@ -39,6 +40,7 @@ class World:
     device: torch.device
     control: dist.ProcessGroup | None
     local_size: int = 1
+    store: dist.Store | None = None
 
 
 def join(
@@ -101,7 +103,7 @@ def join(
         ) from error
     finally:
         notice.cancel()
-    return World(rank, size, local_rank, device, control, local_size)
+    return World(rank, size, local_rank, device, control, local_size, dist.PrefixStore(f"{key}/shared", store))
 
 
 def _report_waiting(rank: int, size: int, where: str, timeout: float) -> None:

@@ -8,6 +8,7 @@
 <run>/logs/attempt-0000/     output and heartbeat of each rank, its stack traces after a hang, the first failure
 <run>/skipped_steps.json     steps that are skipped after a rollback (training/rollback.py)
 <run>/batches/               the sample keys of every step, if enabled
+<run>/signatures/            signatures of every step, by attempt and rank (training/signature_file.py)
 <run>/bad_samples/rank-0.jsonl    samples that could not be used
 <run>/data/<fingerprint>/    manifest of the training data, to report later changes
 <run>/attempts.jsonl         one line at the start and one at the end of each attempt
@@ -118,6 +119,15 @@ class RunDirectory:
     def batches(self, attempt: int, rank: int) -> Path:
         """Record of every batch's sample keys, if enabled."""
         return self.path / "batches" / f"attempt-{attempt:04d}-rank-{rank}.jsonl"
+
+    @property
+    def signature_folder(self) -> Path:
+        """Directory of the signatures of steps."""
+        return self.path / "signatures"
+
+    def signatures(self, attempt: int, rank: int) -> Path:
+        """Signatures of a rank's steps in an attempt."""
+        return self.signature_folder / f"attempt-{attempt:04d}-rank-{rank}.bin"
 
     def logs(self, attempt: int) -> Path:
         """Directory of the ranks' output."""

@@ -50,6 +50,17 @@ class LaunchSettings(Settings):
         "is the same",
     )
     timeout: Positive = Field(default=600.0, description="timeout of a collective, seconds")
+    restarts: int = Field(
+        default=0,
+        ge=0,
+        description="how often ranks that died or hung are started again within the launch, or within the Slurm job, from the "
+        "newest snapshot (checkpoint.snapshot_every) or checkpoint",
+    )
+    preload: bool | None = Field(
+        default=None,
+        description="start ranks as forks of one process that has imported everything, so that they start at once; null does so "
+        "if launch.restarts is not 0 and the host has no GPU",
+    )
 
 
 class WatchdogSettings(Settings):

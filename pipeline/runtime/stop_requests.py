@@ -48,13 +48,14 @@ class StopRequests:
 
     Attributes:
         requested: the request that this rank received.
-        saving: after :meth:`agreed`, the maximum over all ranks of the state of their part of a save.
+        saving, snapshot: after :meth:`agreed`, the maxima over all ranks of the states of their parts of a save and of a
+            snapshot.
         save: after :meth:`agreed`, whether a user requested a checkpoint.
     """
 
     def __init__(self, folder: Path | None = None, attempt: int = 0) -> None:
         self.requested = Stop.NO
-        self.saving, self.save = 0, False
+        self.saving, self.snapshot, self.save = 0, 0, False
         self._folder, self._attempt, self._looked = folder, attempt, 0.0
 
     def listen(self) -> None:
@@ -66,17 +67,18 @@ class StopRequests:
     def _note(self, number: int, _: FrameType | None) -> None:
         self.requested = max(self.requested, _SIGNALS[signal.Signals(number)])
 
-    def agreed(self, group: dist.ProcessGroup | None, saving: int = 0) -> Stop:
+    def agreed(self, group: dist.ProcessGroup | None, saving: int = 0, snapshot: int = 0) -> Stop:
         """Returns what all ranks do now: one small all-reduce on the host, with the same result on every rank.
 
         Args:
             group: the ranks' group on the host.
-            saving: the state of this rank's part of a save; the maximum over all ranks is then in :attr:`saving`.
+            saving, snapshot: the states of this rank's parts of a save and of a snapshot; the maxima over all ranks are then
+                in the attributes of these names.
         """
         save = self._look()
-        code = torch.tensor([int(self.requested), saving, save], dtype=torch.int32)
+        code = torch.tensor([int(self.requested), saving, save, snapshot], dtype=torch.int32)
         dist.all_reduce(code, op=dist.ReduceOp.MAX, group=group)
-        self.saving, self.save = int(code[1]), bool(code[2])
+        self.saving, self.save, self.snapshot = int(code[1]), bool(code[2]), int(code[3])
         return Stop(int(code[0]))
 
     def watch(self, folder: Path, attempt: int) -> None:

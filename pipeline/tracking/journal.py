@@ -10,18 +10,16 @@ Each attempt has its own file. Lines that a full disk does not take wait in memo
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.untrusted import hide_secrets, open_regular, parse_json, printable
+from pipeline.runtime.append_file import AppendFile
+from pipeline.untrusted import hide_secrets, open_regular, parse_json
 
 _LINE = 16 << 20  # maximum size of a record, bytes
 _KEPT = 64 << 20  # maximum size of the records that wait for space on the disk, bytes
@@ -33,17 +31,23 @@ class Journal:
     Args:
         path: the file; its directory is created.
         clock: returns seconds since 1970.
-
-    Attributes:
-        dropped: records that were lost, since the disk took none for too long.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
-        self.path, self.dropped, self._clock = path, 0, clock
-        self._file: io.FileIO | None = None
-        self._pending = bytearray()
-        self._failing = False
-        self._flush()
+        self._clock = clock
+        self._file = AppendFile(path, kept=_KEPT)
+        self._file.flush()
+        self._closed = False
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._file.path
+
+    @property
+    def dropped(self) -> int:
+        """Records that were lost, since the disk took none for too long."""
+        return self._file.dropped
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Records metrics at an optimizer step."""
@@ -63,47 +67,19 @@ class Journal:
 
     def sync(self) -> None:
         """Flushes to disk with ``fsync``; called with each checkpoint."""
-        self._flush()
-        if self._file is not None:
-            with contextlib.suppress(OSError):
-                os.fsync(self._file.fileno())
+        self._file.sync()
 
     def close(self) -> None:
         """Syncs and closes the file."""
-        if self._file is None or not self._file.closed:
-            self.sync()
-            if self._file is not None:
-                self._file.close()
+        if not self._closed:
+            self._closed = True
+            self._file.sync()
+            self._file.close()
 
     def _write(self, record: dict[str, Any]) -> None:
         line = (json.dumps({"t": round(self._clock(), 3), **record}) + "\n").encode()
-        if len(self._pending) + len(line) > _KEPT:
-            self.dropped += 1
-            return
-        self._pending += line
-        self._flush()
-
-    def _flush(self) -> None:
-        """Writes what waits; an error of the disk is reported once and does not end the run."""
-        try:
-            if self._file is None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self.path.open("ab", buffering=0)
-            while self._pending:
-                del self._pending[: self._file.write(self._pending)]
-        except OSError as error:
-            self._report(f"cannot be written ({error.strerror}); records are kept in memory until it can")
-            self._failing = True
-            return
-        if self._failing:
-            lost = f"; {self.dropped} records were lost" if self.dropped else ""
-            self._failing = False
-            self._report(f"is written again{lost}")
-
-    def _report(self, text: str) -> None:
-        if not self._failing:
-            with contextlib.suppress(OSError):  # the log may lie on the same disk
-                print(f"fovea: {printable(str(self.path))} {text}", file=sys.stderr, flush=True)
+        self._file.append(line)
+        self._file.flush()
 
 
 def _number(value: float) -> float | str:

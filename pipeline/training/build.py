@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ from torch import nn
 
 from pipeline.checkpoint.data_check import check_data, record_data
 from pipeline.checkpoint.files import Saved, read
+from pipeline.checkpoint.memory import Snapshots
 from pipeline.checkpoint.mirror import Copies
+from pipeline.checkpoint.neighbours import NodePlace
 from pipeline.checkpoint.reader import load
 from pipeline.checkpoint.selection import newest
 from pipeline.checkpoint.writer import Checkpoints
 from pipeline.config.schema import Config
+from pipeline.config.validate import check_devices
 from pipeline.data.indexing import open_storage
 from pipeline.data.inputs import Inputs, data_identity
 from pipeline.data.loader.bad_samples import BadSamples
@@ -51,8 +55,11 @@ from pipeline.training.engine import Engine, EngineOptions
 from pipeline.training.progress import Plan, Progress, ProgressLogger
 from pipeline.training.rollback import SkippedSteps
 from pipeline.training.schedules import Schedules
+from pipeline.training.signature_file import SignatureFile
+from pipeline.training.signatures import Signatures, header_of
 from pipeline.training.timing import Phases, peak_tflops
 from pipeline.training.trainer import Trainer
+from pipeline.training.verification import Verification
 from pipeline.weights import init_from as initial
 
 
@@ -153,8 +160,15 @@ def assemble(
     logger: ProgressLogger,
     watchdog: Watchdog,
     copies: Copies | None = None,
+    excluded: Sequence[int] = (),
+    snapshots: Path | None = None,
+    last_start: bool = False,
+    nodes: NodePlace | None = None,
 ) -> Trainer:
-    """Build everything one rank needs and load the checkpoint ``resume``, if given.
+    """Build everything one rank needs and load the checkpoint ``resume``, if given; samples in ``excluded`` are substituted.
+
+    ``snapshots`` is the folder of this node in host memory, ``nodes`` this rank's place among several nodes. Without a folder, or
+    in the ``last_start``, no snapshots are taken, since nothing would continue from them.
 
     Raises:
         CheckpointError: the checkpoint does not fit this run.
@@ -180,7 +194,10 @@ def assemble(
     micro = config.train.micro_batch_size or share
     engine = Engine(method, engine_options(config, micro, share // micro), world.device)
     bad_samples = BadSamples(
-        run.bad_samples(world.rank), budget=config.data.max_bad_fraction, window=config.data.bad_fraction_window
+        run.bad_samples(world.rank),
+        budget=config.data.max_bad_fraction,
+        window=config.data.bad_fraction_window,
+        excluded=excluded,
     )
     progress = Progress()
     if resume is not None:
@@ -276,6 +293,10 @@ def assemble(
         load_last_checkpoint=load_last_checkpoint,
         alerts=Alerts(method.health_metrics),
         node_metrics=Nodes(world, run.path).read,
+        signatures=_signatures(config, world, run, attempt, micro, str(manifest_fields.get("fovea", ""))),
+        snapshots=_snapshots(config, inputs, world, None if last_start else snapshots, nodes),
+        only_in_memory=resume is not None and resume.path.parent == snapshots,
+        verification=_verification(config, engine, method, world),
         progress=progress,
     )
 
@@ -314,7 +335,29 @@ def _checkpoints(config: Config, inputs: Inputs, run: RunDirectory, world: World
         group=world.control,
         on_commit=copies.offer if copies else None,
         pinned=copies.pinned if copies else set,
+        sign=config.train.signatures,
     )
+
+
+def _snapshots(config: Config, inputs: Inputs, world: World, folder: Path | None, nodes: NodePlace | None) -> Snapshots:
+    every = config.checkpoint.snapshot_every
+    steps = every.steps(inputs.order.samples_per_epoch, config.train.global_batch_size) if every is not None else 0
+    return Snapshots(folder, steps, group=world.control, nodes=nodes)
+
+
+def _signatures(config: Config, world: World, run: RunDirectory, attempt: int, micro: int, fovea: str) -> Signatures | None:
+    if not config.train.signatures:
+        return None
+    header = header_of(world, attempt, zero_stage=config.train.zero_stage, micro_batch=micro, fovea=fovea)
+    return Signatures(SignatureFile(run.signatures(attempt, world.rank), header), world)
+
+
+def _verification(config: Config, engine: Engine, method: Method, world: World) -> Verification | None:
+    if config.train.verify_every is None:
+        return None
+    for key, message in check_devices(config, on_gpu=world.device.type == "cuda"):
+        raise ConfigError(message, where=key)
+    return Verification(engine, method, world, config.train.verify_every)
 
 
 def _data_state(inputs: Inputs, bad_samples: BadSamples, world: World) -> dict[str, Any]:

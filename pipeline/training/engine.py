@@ -117,6 +117,9 @@ class Engine:
         options: see :class:`EngineOptions`.
         device: this rank's device.
 
+    Attributes:
+        observe_gradients: called in each step before clipping, with names and this rank's share of the averaged gradients.
+
     Raises:
         TrainingError: a parameter that DeepSpeed does not support (0-dimensional, not contiguous).
     """
@@ -171,6 +174,7 @@ class Engine:
         members = F.one_hot(torch.tensor([self._network[key] for key in self._normed]), len(self._networks)).T.bool()
         self._members = members.to(device) if self._own_norms else members  # [networks, parameters]
         self._belongs: dict[tuple[int, ...], Tensor] = {}
+        self.observe_gradients: Callable[[Step, list[tuple[str, Tensor]]], None] | None = None
 
     def _shard_teacher(self, config: dict[str, Any]) -> Any:
         """Partition the teacher's parameters exactly like the student's, so that corresponding pieces are on the same rank."""
@@ -225,6 +229,8 @@ class Engine:
         for rates, group in zip(self._rates, self._groups, strict=True):
             rates["lr"] = step.lr_of(group)
             rates["weight_decay"] = step.weight_decay * group.wd_scale
+        if self.observe_gradients is not None:
+            self.observe_gradients(step, self.names_of(self.layout.gradient_shares()))
         squares = torch.cat([self._squares(), (~finite).double().reshape(1)])
         dist.all_reduce(squares)
         own = squares[:-1].sqrt().float()
@@ -299,6 +305,10 @@ class Engine:
         factors = (self.options.clip_norm / (lengths + 1e-6)).clamp(max=1.0)
         for number, gradients in by_network.items():
             torch._foreach_mul_(gradients, factors[number].to(gradients[0].device))
+
+    def names_of(self, tensors: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[str, Tensor]]:
+        """Names of parameters instead of these themselves."""
+        return [(self._names[id(p)], tensor) for p, tensor in tensors]
 
     def fragments(self) -> Iterator[Fragment]:
         """This rank's pieces of all trainable parameters, in the order of the parameter groups."""

@@ -6,6 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from pipeline.data.order.random import mix
+
+_DEVICE_SEED = 0x57E9  # stream constant of the seeds for a method's random draws on the device
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -23,6 +27,7 @@ class Plan:
         max_rollbacks: maximum number of rollbacks.
         asynchronous: whether checkpoints are written while training continues.
         save_evaluated: metric after whose measurement a checkpoint is saved, so that the best one can be kept.
+        accumulation: micro-batches per rank of a run that is replayed on fewer ranks, ``None`` for as many as there are.
     """
 
     steps: int
@@ -38,6 +43,12 @@ class Plan:
     asynchronous: bool = False
     save_evaluated: str | None = None
     pause_at: int | None = None
+    accumulation: int | None = None
+
+    def device_seeds(self, step: int, rank: int, count: int) -> list[int]:
+        """Seeds of the method's random draws on the device, one for each of a rank's ``count`` micro-batches."""
+        places = (divmod(rank * count + index, self.accumulation or count) for index in range(count))
+        return [mix(self.seed, _DEVICE_SEED, step, *where)[0] for where in places]
 
 
 @dataclass

@@ -14,6 +14,7 @@ from torch import Tensor
 from pipeline.data.augment.views import Batch
 from pipeline.runtime.process_group import World
 from pipeline.training.applied import Applied
+from pipeline.training.signatures import Taken
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class QueuedStep:
         terms: loss terms, means over the micro-batches.
         metrics: the method's metrics.
         line: its line of ``Plan.record`` but for ``applied``, ``None`` without a record.
+        signature: its signature, ``None`` without signatures.
     """
 
     index: int
@@ -35,6 +37,7 @@ class QueuedStep:
     terms: dict[str, Tensor]
     metrics: dict[str, Tensor]
     line: dict[str, Any] | None
+    signature: Taken | None
 
 
 def record_line(step: int, batches: list[Batch], terms: dict[str, Tensor]) -> dict[str, Any]:

@@ -54,6 +54,11 @@ class OptimSettings(Settings):
     )
     eps: Positive = Field(default=1e-8, description="AdamW and LAMB: constant added to the root of the second moment")
 
+    @property
+    def moments(self) -> int:
+        """Number of moments that the optimizer keeps of each parameter, fp32."""
+        return 2 if self.name in ("adamw", "lamb") else 1
+
 
 class CurveSettings(Settings):
     """Schedule of a value: linear warm-up from ``start`` to ``peak``, then ``shape`` from ``peak`` to ``end``."""
@@ -136,6 +141,19 @@ class TrainSettings(Settings):
         json_schema_extra=RUNTIME,
         description="write each rank's sample keys, pixel digest and loss terms of every step to <run>/batches (slow, for "
         "audits)",
+    )
+    signatures: bool = Field(
+        default=True,
+        json_schema_extra=RUNTIME,
+        description="record a signature of every step in <run>/signatures, at most 200 bytes per step and rank, with which "
+        "fovea replay compares",
+    )
+    verify_every: Count | None = Field(
+        default=None,
+        json_schema_extra=RUNTIME,
+        description="find silent corruption: do one step in so many twice on every rank and compare both bit for bit; a "
+        "difference ends the attempt and names rank and node, which a Slurm job then avoids; needs train.deterministic=true on "
+        "a GPU; null means never",
     )
     activation_checkpointing: bool = Field(
         default=False,

@@ -23,11 +23,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.checkpoint.memory import Snapshots
 from pipeline.checkpoint.writer import Checkpoints, Outcome
 from pipeline.data.augment.views import Batch
 from pipeline.data.loader.batch_stream import BatchStream
-from pipeline.data.order.random import mix
-from pipeline.errors import NonFiniteError, TrainingError
+from pipeline.errors import CorruptionError, NonFiniteError, TrainingError
 from pipeline.methods.base import Method, Step
 from pipeline.runtime.process_group import World
 from pipeline.runtime.stop_requests import Stop, StopRequests
@@ -40,9 +40,9 @@ from pipeline.training.progress import Plan, Progress, ProgressLogger
 from pipeline.training.queued_steps import Meter, QueuedStep, record_line
 from pipeline.training.rollback import SkippedSteps
 from pipeline.training.schedules import Schedules
+from pipeline.training.signatures import Signatures
 from pipeline.training.timing import Phases, memory_now
-
-_DEVICE_SEED = 0x57E9  # stream constant of the seeds for a method's random draws on the device
+from pipeline.training.verification import Verification
 
 
 @dataclass
@@ -79,6 +79,10 @@ class Trainer:
         load_last_checkpoint: loads the last checkpoint on all ranks.
         alerts: detects collapse, divergence and plateaus.
         node_metrics: utilization of each node; called by all ranks.
+        signatures: records each step's signature, ``None`` for none.
+        snapshots: the snapshots in host memory.
+        only_in_memory: whether the run continues from a snapshot; a checkpoint is then saved at once.
+        verification: does some steps twice to find silent corruption, ``None`` for never.
         progress: the current progress.
         data_counts: samples seen, substituted and available, as of the last checkpoint.
     """
@@ -101,6 +105,10 @@ class Trainer:
     load_last_checkpoint: Callable[[], Progress]
     alerts: Alerts = field(default_factory=Alerts)
     node_metrics: Callable[[], dict[str, float]] = dict
+    signatures: Signatures | None = None
+    snapshots: Snapshots = field(default_factory=Snapshots)
+    only_in_memory: bool = False
+    verification: Verification | None = None
     progress: Progress = field(default_factory=Progress)
     data_counts: dict[str, Any] = field(default_factory=dict)
     _seconds_before: float = 0.0
@@ -117,6 +125,9 @@ class Trainer:
             return self._run()
         finally:
             self.checkpoints.close()
+            self.snapshots.close()
+            if self.signatures is not None:
+                self.signatures.close()
 
     def _run(self) -> Stop:
         """The loop over steps; see the module for the order of one step."""
@@ -125,6 +136,8 @@ class Trainer:
         saved_at = progress.step if progress.step else -1  # a resumed run that trains no further step has its checkpoint already
         if progress.step == 0 and self.evaluate is not None:
             self._evaluate()
+        if self.only_in_memory:
+            saved_at = self._save(asynchronous=self.plan.asynchronous and progress.step < self.plan.steps)
         stop = self.requests.agreed(self.world.control)
         self.phases.enter(DATA, progress.step)
         step_start = time.perf_counter()
@@ -146,11 +159,9 @@ class Trainer:
                     continue
                 step = self.schedules.at(progress.step * self.schedules.global_batch)
                 # The method's random draws on the device depend only on step and rank, so that no random state has to be saved.
-                device_seeds = [
-                    mix(self.plan.seed, _DEVICE_SEED, step_index, self.world.rank, i)[0] for i in range(len(micro_batches))
-                ]
-                micro_batches = [replace(batch, seed=seed) for batch, seed in zip(micro_batches, device_seeds, strict=True)]
-                terms, applied, norms = self._train_step(step, micro_batches)
+                seeds = self.plan.device_seeds(step_index, self.world.rank, len(micro_batches))
+                micro_batches = [replace(batch, seed=seed) for batch, seed in zip(micro_batches, seeds, strict=True)]
+                terms, applied, norms = self._verified_step(step, micro_batches)
                 self.phases.enter(LOG)
 
                 progress.step += 1
@@ -158,13 +169,18 @@ class Trainer:
                 step_start = time.perf_counter()  # a rollback continues without reaching the end of the loop
                 line = record_line(step_index, micro_batches, terms) if record is not None else None
                 keys = [key for batch in micro_batches for key in batch.keys]
-                bookkeeping.queued.append(QueuedStep(step_index, applied, keys, terms, dict(self.method.metrics), line))
+                signature = self.signatures.take(step, micro_batches, terms, norms) if self.signatures is not None else None
+                bookkeeping.queued.append(
+                    QueuedStep(step_index, applied, keys, terms, dict(self.method.metrics), line, signature)
+                )
                 log = _due(progress.step, self.plan.log_every, self.plan.steps)
                 pause = progress.step == self.plan.pause_at
                 due = pause or _due(progress.step, self.plan.evaluate_every, self.plan.steps)
                 evaluate = self.evaluate is not None and due
                 save = _due(progress.step, self.plan.checkpoint_every, self.plan.steps)
-                at_once = applied.on_device is None or log or evaluate or save or pause or progress.step == self.plan.steps
+                snapshot = self.snapshots.due(progress.step, self.plan.steps)
+                last = progress.step == self.plan.steps
+                at_once = applied.on_device is None or log or evaluate or save or snapshot or pause or last
                 if self._settle(bookkeeping, keep=0 if at_once else 1):
                     saved_at = progress.step
                     continue
@@ -172,12 +188,15 @@ class Trainer:
                     self._log(step, bookkeeping.meter, norms, batches)
                 if evaluate:
                     self._evaluate()
-                # One all-reduce per step carries stop requests, save requests and the state of a save in progress: its cost is
+                # One all-reduce per step carries stop requests, save requests and the states of saves in progress: its cost is
                 # its latency, and all ranks decide on the same values.
-                stop = self.requests.agreed(self.world.control, self.checkpoints.state)
+                stop = self.requests.agreed(self.world.control, self.checkpoints.state, self.snapshots.state)
                 if pause and progress.step < self.plan.steps:
                     stop = stop or Stop.USER_REQUEST
                 self._report_outcome(self.checkpoints.poll(self.requests.saving))
+                self._report_snapshot(self.snapshots.poll(self.requests.snapshot))
+                if snapshot and not stop:
+                    self._take_snapshot()
                 evaluated = progress.scores_step == progress.step and self.plan.save_evaluated in progress.evaluated_metrics
                 if stop or evaluated or self.requests.save or save:
                     if self._settle(bookkeeping):
@@ -193,6 +212,7 @@ class Trainer:
         self.phases.enter(END)
         if saved_at != progress.step:
             self._save()
+        self._report_snapshot(self.snapshots.finish())
         self._report_outcome(self.checkpoints.finish())
         return stop or Stop.FINISHED
 
@@ -211,6 +231,8 @@ class Trainer:
             books.consecutive_skipped = 0 if applied else books.consecutive_skipped + 1
             if books.record is not None and done.line is not None:
                 books.record.write(json.dumps({**done.line, "applied": applied}) + "\n")
+            if self.signatures is not None and done.signature is not None:
+                self.signatures.settle(done.signature, applied=applied, wait=keep == 0)
             if not applied:
                 self._report_skipped_step(done, books.consecutive_skipped)
                 rollbacks_left = self.skipped_steps.rollbacks < self.plan.max_rollbacks
@@ -221,6 +243,29 @@ class Trainer:
                     return True
             books.meter.add(done.terms, done.metrics if applied else {}, self.schedules.global_batch)
         return False
+
+    def _verified_step(self, step: Step, micro_batches: list[Batch]) -> tuple[dict[str, Tensor], Applied, dict[str, Tensor]]:
+        """A step as :meth:`_train_step`, done twice if it is to be verified.
+
+        Raises:
+            CorruptionError: on all ranks, if it was not the same twice.
+        """
+        if self.verification is None:
+            return self._train_step(step, micro_batches)
+        try:
+            if self.verification.due(step.index):
+                result = self.verification.twice(step, micro_batches, self._train_step)
+            else:
+                result = self._train_step(step, micro_batches)
+        except CorruptionError as error:
+            self.logger.log(f"step {step.index}: {error}")
+            if self.journal is not None:
+                self.journal.metrics(step.index, {"alert/corruption": float(step.index)})
+                self.journal.tags({"alert/corruption": str(error)})
+                self.journal.sync()
+            raise
+        self.verification.digest_state(step.index + 1)
+        return result
 
     def _train_step(self, step: Step, micro_batches: list[Batch]) -> tuple[dict[str, Tensor], Applied, dict[str, Tensor]]:
         """Teacher, student, backward, optimizer step and teacher update.
@@ -262,11 +307,16 @@ class Trainer:
 
     def _roll_back(self, step_index: int, consecutive_skipped: int) -> None:
         """Roll back to the last checkpoint. All ranks do so at the same time, since all have skipped the same steps."""
-        progress, first = self.progress, max(step_index - consecutive_skipped + 1 - self.plan.rollback_margin, 0)
-        self.skipped_steps.add(first, step_index, write=self.world.rank == 0)
+        progress = self.progress
         with self.phases.phase(CHECKPOINT):
+            self.snapshots.discard()  # before the steps are noted: a snapshot may have learnt from them
             self._report_outcome(self.checkpoints.finish())
             restored = self.load_last_checkpoint()
+            if self.verification is not None:
+                self.verification.forget()
+        # Steps before the checkpoint cannot be left out: its weights contain them.
+        first = max(step_index - consecutive_skipped + 1 - self.plan.rollback_margin, restored.step)
+        self.skipped_steps.add(first, step_index, write=self.world.rank == 0)
         progress.step, progress.applied, progress.skipped = restored.step, restored.applied, restored.skipped
         progress.scores = restored.scores
         self._rolled_back = True
@@ -366,18 +416,7 @@ class Trainer:
     def _write(self, asynchronous: bool) -> int:
         """Save the checkpoint and record what data it has seen."""
         progress = self.progress
-        manifest_fields = {
-            **self.manifest_fields,
-            "step": progress.step,
-            "applied": progress.applied,
-            "skipped": progress.skipped,
-            "samples_seen": progress.step * self.schedules.global_batch,
-            "scores": dict(progress.scores),
-            "scored": progress.scores_step,
-            "judged": list(progress.evaluated_metrics),
-            "seconds": progress.seconds,
-            "data": self.data_state(),
-        }
+        manifest_fields = self._manifest()
         data = manifest_fields["data"]
         self.data_counts = {name: data[name] for name in ("seen", "substituted", "counts", "samples", "fingerprint")}
         if asynchronous:
@@ -391,8 +430,36 @@ class Trainer:
             self.journal.metrics(progress.step, {f"data/{name}": float(count) for name, count in counts.items()})
         return progress.step
 
+    def _manifest(self) -> dict[str, Any]:
+        """What a checkpoint of this moment says of itself; collective."""
+        progress = self.progress
+        return {
+            **self.manifest_fields,
+            "step": progress.step,
+            "applied": progress.applied,
+            "skipped": progress.skipped,
+            "samples_seen": progress.step * self.schedules.global_batch,
+            "scores": dict(progress.scores),
+            "scored": progress.scores_step,
+            "judged": list(progress.evaluated_metrics),
+            "seconds": progress.seconds,
+            "data": self.data_state(),
+        }
+
+    def _take_snapshot(self) -> None:
+        """Begin a snapshot in host memory."""
+        with self.phases.phase(CHECKPOINT):
+            self._report_snapshot(self.snapshots.begin(self.engine, self.method, self._manifest()))
+
+    def _report_snapshot(self, outcome: Outcome | None) -> None:
+        """Tell of a snapshot that could not be taken."""
+        if outcome is not None and outcome.error is not None:
+            self.logger.log(f"no snapshot of step {outcome.step} in host memory: {outcome.error.what}; training continues")
+
     def _report_outcome(self, outcome: Outcome | None) -> None:
         """Print and record the outcome of a save."""
+        if outcome is not None and outcome.error is None and self.signatures is not None:
+            self.signatures.weights(outcome.step, self.checkpoints.digests)
         if outcome is None or self.journal is None:
             return
         if outcome.error is None:

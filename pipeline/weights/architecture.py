@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pipeline.config.sizes import Size, grid_of, height_width
 from pipeline.errors import CheckpointError
 from pipeline.untrusted import printable
 from pipeline.weights.foreign_names import Layout, Renamed
@@ -31,14 +32,14 @@ class Hints:
 
     Attributes:
         model: settings of :class:`~pipeline.models.settings.ModelSettings` by name.
-        image_size: side of the images in pixels.
+        image_size: side, or height and width, in pixels of the images whose grid the positions have.
         normalize: name of a normalization, as in ``method.augment.normalize``.
         source: the file, for explanations.
         complete: whether ``model`` is the entire architecture, so that shapes need not be read.
     """
 
     model: Mapping[str, Any] = field(default_factory=dict)
-    image_size: int | None = None
+    image_size: Size | None = None
     normalize: str | None = None
     source: str = ""
     complete: bool = False
@@ -51,14 +52,14 @@ class Architecture:
     Attributes:
         layout: whose names the weights have.
         model: settings of :class:`~pipeline.models.settings.ModelSettings` by name.
-        image_size: side in pixels of the images that the weights were trained on.
+        image_size: side, or height and width, in pixels of the images that the weights were trained on.
         normalize: name of the normalization, as in ``method.augment.normalize``.
         reasons: where each value comes from, by dotted key of the configuration.
     """
 
     layout: str
     model: dict[str, Any]
-    image_size: int
+    image_size: Size
     normalize: str
     reasons: dict[str, str]
 
@@ -194,15 +195,24 @@ def _heads(tensors: Mapping[str, Tensor], width: int, hints: Hints, where: str) 
     )
 
 
-def _image_size(shapes: Mapping[str, tuple[int, ...]], patch: int, registers: int, hints: Hints) -> tuple[int, str]:
-    """Side in pixels, and where it comes from."""
+def _image_size(shapes: Mapping[str, tuple[int, ...]], patch: int, registers: int, hints: Hints) -> tuple[Size, str]:
+    """Size in pixels, and where it comes from: the size that files name if it has as many positions, else their square."""
+    named = hints.image_size if hints.image_size and max(height_width(hints.image_size)) <= _MAX_SIDE else None
     if "pos_embed" in shapes:
         count = shapes["pos_embed"][-2]
         candidates = (count - 1, count, count - 1 - registers) if "cls_token" in shapes else (count,)
+        if named is not None and math.prod(grid_of(named, patch)) in candidates and not isinstance(named, int):
+            return _multiple(named, patch), hints.source
         for patches in candidates:
             side = math.isqrt(max(patches, 0))
             if side and side * side == patches:
                 return side * patch, f"{side} x {side} positions of {patch} pixels"
-    if hints.image_size and hints.image_size <= _MAX_SIDE:
-        return hints.image_size // patch * patch or patch, hints.source
-    return 224 // patch * patch or patch, "224 pixels, since the weights do not say"
+    if named is not None:
+        return _multiple(named, patch), hints.source
+    return _multiple(224, patch), "224 pixels, since the weights do not say"
+
+
+def _multiple(size: Size, patch: int) -> Size:
+    """The size in whole patches, at least one."""
+    height, width = (max(side // patch, 1) * patch for side in height_width(size))
+    return height if height == width else (height, width)

@@ -9,11 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.config.sizes import Size, size_text
 from pipeline.errors import CheckpointError
 from pipeline.untrusted import printable
 
 _MOST = 1 << 20  # maximum of any size: a vocabulary is the largest
 _MOST_LAYERS = 512
+_MOST_PIXELS = 1 << 16  # of a side
 _LAYERS = ("depth", "layers", "num_hidden_layers", "attn_pooler_queries", "reg_tokens", "num_register_tokens")
 _HINT = "Choose another folder: this one is damaged, or made for another program"
 
@@ -92,25 +94,114 @@ def _value(name: str, value: Any, where: str) -> Any:
 
 
 def side(value: Any, *, where: str) -> int:
-    """The side of square images in pixels, given as a number or a pair.
+    """A side in pixels, given as a number or a pair of equal ones.
 
     Raises:
         CheckpointError: it is not a number from 1 to 65536.
     """
-    value = value[0] if isinstance(value, list | tuple) and value else value
-    if type(value) is int and 0 < value <= 1 << 16:
+    size = size_of(value, where=where)
+    if isinstance(size, int):
+        return size
+    raise CheckpointError(f"{size_text(size)} pixels must be square", where=where, hint=_HINT)
+
+
+def size_of(value: Any, *, where: str) -> Size:
+    """The size of images in pixels: a side, or a pair of height and width; two equal ones are a side.
+
+    Raises:
+        CheckpointError: it is neither, or a side is not a number from 1 to 65536.
+    """
+    sides = value if isinstance(value, list | tuple) else (value, value)
+    if len(sides) != 2 or not all(type(one) is int and 0 < one <= _MOST_PIXELS for one in sides):
+        raise CheckpointError(
+            f"the size of images must be a number from 1 to {_MOST_PIXELS}, or two of them", where=where, hint=_HINT
+        )
+    return sides[0] if sides[0] == sides[1] else (sides[0], sides[1])
+
+
+def input_size(value: Any, *, where: str) -> Size:
+    """The size of images in pixels, of timm's ``input_size``: channels, height and width.
+
+    Raises:
+        CheckpointError: it is not three numbers, or as for :func:`size_of`.
+    """
+    if not isinstance(value, list | tuple) or len(value) != 3:
+        raise CheckpointError("input_size must be channels, height and width", where=where, hint=_HINT)
+    return size_of(value[1:], where=where)
+
+
+@dataclass(frozen=True)
+class ImageSizes:
+    """Sizes of images that a folder of weights names, in pixels; ``None`` for what it does not name.
+
+    Attributes:
+        positions: of the images whose grid of patches the weights have, as trained or resampled.
+        images: that images are resized to.
+    """
+
+    positions: Size | None = None
+    images: Size | None = None
+
+
+def image_sizes(document: Mapping[str, Any], *, where: str, pixels: Mapping[str, Any] | None = None) -> ImageSizes:
+    """The sizes that the settings of a folder name: the one rule for all who read such settings.
+
+    Args:
+        document: ``open_clip_config.json``, or ``config.json`` of timm, transformers or an export of fovea.
+        where: the file, for messages.
+        pixels: ``preprocessor_config.json`` of transformers.
+
+    Raises:
+        CheckpointError: one is named, and is no size.
+    """
+
+    def at(*keys: str, within: Mapping[str, Any] | None = None) -> Any:
+        value: Any = document if within is None else within
+        for key in keys:
+            value = value.get(key) if isinstance(value, Mapping) else None
         return value
-    raise CheckpointError("the size of images must be a number from 1 to 65536", where=where, hint=_HINT)
+
+    def read(value: Any) -> Size | None:
+        return None if value is None else size_of(value, where=where)
+
+    if "model_cfg" in document:  # open_clip
+        positions = read(at("model_cfg", "vision_cfg", "image_size"))
+        return ImageSizes(positions, read(at("preprocess_cfg", "size")) or positions)
+    if is_of_fovea(document):
+        size = read(at("fovea", "method", "views", "global_size"))
+        return ImageSizes(size, size)
+    if isinstance(document.get("architecture"), str):  # timm
+        shown = document["pretrained_cfg"] if isinstance(document.get("pretrained_cfg"), dict) else document
+        named = shown.get("input_size")
+        images = None if named is None else input_size(named, where=where)
+        return ImageSizes(read(at("model_args", "img_size")) or images, images)
+    vision = document["vision_config"] if isinstance(document.get("vision_config"), dict) else document
+    positions, crop = read(vision.get("image_size")), at("crop_size", within=pixels or {})
+    if isinstance(crop, dict):
+        crop = [crop["height"], crop.get("width", crop["height"])] if "height" in crop else crop.get("shortest_edge")
+    return ImageSizes(positions, read(crop) or positions)
+
+
+def is_of_fovea(document: Mapping[str, Any]) -> bool:
+    """Whether ``config.json`` is of an export in fovea's own layout. In timm's, ``fovea`` names the channels alone."""
+    return isinstance(document.get("fovea"), dict) and not isinstance(document.get("architecture"), str)
+
+
+def per_channel(value: Any, count: int, *, where: str, positive: bool = False) -> tuple[float, ...]:
+    """One number for each channel.
+
+    Raises:
+        CheckpointError: there are not as many, or one is not finite, or not above 0 where required.
+    """
+    numbers = value if isinstance(value, list | tuple) else ()
+    if len(numbers) == count and all(type(v) in (int, float) and math.isfinite(v) for v in numbers):
+        values = tuple(map(float, numbers))
+        if not positive or min(values) > 0:
+            return values
+    raise CheckpointError(f"mean and std must be {'three' if count == 3 else count} numbers", where=where, hint=_HINT)
 
 
 def three(value: Any, *, where: str, positive: bool = False) -> tuple[float, float, float]:
-    """One number each for red, green and blue.
-
-    Raises:
-        CheckpointError: there are not three, or one is not finite, or not above 0 where required.
-    """
-    if isinstance(value, list | tuple) and len(value) == 3 and all(type(v) in (int, float) and math.isfinite(v) for v in value):
-        red, green, blue = map(float, value)
-        if not positive or min(red, green, blue) > 0:
-            return red, green, blue
-    raise CheckpointError("mean and std must be three numbers", where=where, hint=_HINT)
+    """One number each for red, green and blue; errors as for :func:`per_channel`."""
+    red, green, blue = per_channel(value, 3, where=where, positive=positive)
+    return red, green, blue

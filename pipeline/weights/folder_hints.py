@@ -19,7 +19,7 @@ from pipeline.models.settings import ModelSettings
 from pipeline.models.tensor_files import read_folder, reason
 from pipeline.untrusted import printable, read_json
 from pipeline.weights.architecture import Hints
-from pipeline.weights.folder_config import side, three
+from pipeline.weights.folder_config import ImageSizes, image_sizes, input_size, is_of_fovea, three
 
 OPEN_CLIP = "open_clip_config.json"
 FILES = (
@@ -79,13 +79,31 @@ def hints_of(folder: Path) -> Hints:
     if not file.is_file():
         return Hints()
     document = _document(file)
-    if isinstance(document.get("fovea"), dict):
+    if is_of_fovea(document):
         return _of_fovea(document["fovea"], file)
     if isinstance(document.get("architecture"), str):
         return _of_timm(document, file)
     if isinstance(document.get("model_type"), str):
         return _of_transformers(document, file)
     return Hints()
+
+
+def sizes_of(folder: Path) -> ImageSizes:
+    """The sizes of images that the settings of a folder name; none for a folder without settings.
+
+    Raises:
+        CheckpointError: a settings file is not JSON, or names what is no size.
+    """
+    file = folder / OPEN_CLIP if (folder / OPEN_CLIP).is_file() else folder / "config.json"
+    if not file.is_file():
+        return ImageSizes()
+    return image_sizes(_document(file), where=printable(str(file)), pixels=_pixels(file))
+
+
+def _pixels(file: Path) -> dict[str, Any]:
+    """The settings of transformers' image processor beside ``config.json``; empty if there are none."""
+    beside = file.with_name("preprocessor_config.json")
+    return _document(beside) if beside.is_file() else {}
 
 
 def normalization(mean: Any, std: Any, *, where: str) -> str:
@@ -141,12 +159,10 @@ def _of_transformers(document: dict[str, Any], file: Path) -> Hints:
         },
         where,
     )
-    size = side(about["image_size"], where=where) if about.get("image_size") is not None else None
-    beside = file.with_name("preprocessor_config.json")
-    pixels = _document(beside) if beside.is_file() else {}
+    pixels, beside = _pixels(file), printable(str(file.with_name("preprocessor_config.json")))
     mean, std = pixels.get("image_mean"), pixels.get("image_std")
-    named = normalization(mean, std, where=printable(str(beside))) if mean is not None and std is not None else None
-    return Hints(model, size, named, f"{file.name} beside the weights")
+    named = normalization(mean, std, where=beside) if mean is not None and std is not None else None
+    return Hints(model, image_sizes(document, where=where, pixels=pixels).positions, named, f"{file.name} beside the weights")
 
 
 def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -169,11 +185,10 @@ def _of_timm(document: dict[str, Any], file: Path) -> Hints:
     shown: Mapping[str, Any] = own if isinstance(own, dict) else document
     args = document.get("model_args")
     hints = of_timm_name(name, where=where, heads=args.get("num_heads") if isinstance(args, dict) else None)
-    size = shown.get("input_size")
-    pixels = side(size[-1], where=where) if isinstance(size, list) and len(size) == 3 else hints.image_size
+    size = image_sizes(document, where=where).positions or hints.image_size
     mean, std = shown.get("mean"), shown.get("std")
     named = normalization(mean, std, where=where) if mean is not None and std is not None else hints.normalize
-    return Hints(hints.model, pixels, named, f"{file.name} beside the weights")
+    return Hints(hints.model, size, named, f"{file.name} beside the weights")
 
 
 def of_timm_name(name: str, *, where: str, heads: Any = None) -> Hints:
@@ -212,7 +227,7 @@ def of_timm_name(name: str, *, where: str, heads: Any = None) -> Hints:
     settings |= {"activation": kinds[act]} if kinds[act] != "gelu" else {}
     about = timm.get_pretrained_cfg(name, allow_unregistered=True)
     named = normalization(about.mean, about.std, where=where) if about is not None else None
-    size = int(about.input_size[-1]) if about is not None else None
+    size = input_size(about.input_size, where=where) if about is not None else None
     return Hints(_checked(settings, where), size, named, f"timm's definition of {name}")
 
 
@@ -226,11 +241,10 @@ def _of_open_clip(file: Path) -> Hints:
     pixels = pixels if isinstance(pixels, dict) else {}
     mean, std = pixels.get("mean"), pixels.get("std")
     named = normalization(mean, std, where=where) if mean is not None and std is not None else "openai"
-    size = vision.get("image_size")
-    pixels_wide = side(size, where=where) if size is not None else None
+    size = image_sizes(document, where=where).positions
     if isinstance(vision.get("timm_model_name"), str):
         hints = of_timm_name(vision["timm_model_name"], where=where)
-        return Hints(hints.model, pixels_wide or hints.image_size, named, f"{file.name}, and {hints.source}")
+        return Hints(hints.model, size or hints.image_size, named, f"{file.name}, and {hints.source}")
     width, head = vision.get("width", 768), vision.get("head_width", 64)
     if not (isinstance(width, int) and isinstance(head, int) and head > 0 and width % head == 0):
         raise CheckpointError("width must be a multiple of head_width", where=where, hint="Download the folder again")
@@ -239,7 +253,7 @@ def _of_open_clip(file: Path) -> Hints:
     model = _checked({"num_heads": width // head, "norm_eps": eps if eps is not None else 1e-5}, where)
     if about.get("quick_gelu") is True:
         model["activation"] = "quick_gelu"
-    return Hints(model, pixels_wide, named, f"{file.name} beside the weights")
+    return Hints(model, size, named, f"{file.name} beside the weights")
 
 
 def _of_fovea(document: dict[str, Any], file: Path) -> Hints:
@@ -253,13 +267,11 @@ def _of_fovea(document: dict[str, Any], file: Path) -> Hints:
             hint="Use the version of fovea that wrote it",
         ) from None
     augment = method.get("augment") if isinstance(method, dict) else None
-    views = method.get("views") if isinstance(method, dict) else None
     named = augment.get("normalize") if isinstance(augment, dict) else None
-    size = views.get("global_size") if isinstance(views, dict) else None
     changed = settings.model_dump(exclude_defaults=True)
     return Hints(
         changed,
-        side(size, where=printable(str(file))) if size is not None else None,
+        image_sizes({"fovea": document}, where=printable(str(file))).positions,
         named if isinstance(named, str) and named in NORMALIZE else None,
         f"{file.name} of the export",
         complete=True,

@@ -25,13 +25,15 @@ from pipeline.checkpoint.files import Saved
 from pipeline.checkpoint.manifest import MANIFEST
 from pipeline.checkpoint.reader import read_student, read_teacher
 from pipeline.config.schema import Config
+from pipeline.config.sizes import Size, grid_of
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.methods.base import Method
 from pipeline.models.lora import merged_state
 from pipeline.models.tensor_files import only_weights, opened, read_tensors, reason
 from pipeline.models.vision import VisionTower
 from pipeline.untrusted import shown_address
-from pipeline.weights.folder_hints import is_weights, tensors_of
+from pipeline.weights.folder_config import size_of
+from pipeline.weights.folder_hints import FILES, is_weights, sizes_of, tensors_of
 from pipeline.weights.public_layouts import compare, fit, unwrapped
 from pipeline.weights.settings import AdaptSettings, InitSettings
 
@@ -156,7 +158,7 @@ def check(config: Config) -> None:
     if config.init_from.source is not None:
         _matched(method, find(config.init_from.source), config.init_from, shapes_only=True)
     for name, anchor_source in config.method.anchors.items():
-        _anchored(method, name, anchor_source, shapes_only=True)
+        _anchored(method, name, anchor_source, config.init_from, shapes_only=True)
 
 
 @torch.no_grad()
@@ -192,7 +194,7 @@ def begin(method: Method, config: Config, *, record: bool = True) -> Start | Non
         for name, parameter in method.start["backbone"].named_parameters():
             parameter.copy_(parameters[f"backbone.{name}"])
     for anchor, anchor_source in config.method.anchors.items():
-        weights, notes = _anchored(method, anchor, anchor_source, shapes_only=False)
+        weights, notes = _anchored(method, anchor, anchor_source, config.init_from, shapes_only=False)
         for name, tensor in weights.items():
             parameters[name].copy_(tensor)
         origin = find(anchor_source) if anchor_source else "the weights this run starts with"
@@ -223,6 +225,25 @@ def student_tower(method: Method) -> tuple[str, VisionTower]:
     return name, towers[name]
 
 
+def _grid(source: Source, tower: VisionTower) -> tuple[int, int] | None:
+    """Rows and columns of a source's positions, by the size of its images, where it or the settings beside it name one.
+
+    Raises:
+        CheckpointError: they name what is no size.
+    """
+    size: Size | None = None
+    if source.saved is not None:
+        method = source.saved.manifest.get("config", {}).get("method")
+        views = method.get("views") if isinstance(method, dict) else None
+        named = views.get("global_size") if isinstance(views, dict) else None
+        size = size_of(named, where=str(source.saved.path)) if named is not None else None
+    elif source.path is not None and source.kind == "folder":
+        size = sizes_of(source.path).positions
+    elif source.path is not None and source.path.name in FILES:
+        size = sizes_of(source.path.parent).positions
+    return grid_of(size, tower.patch) if size is not None else None
+
+
 def _matched(method: Method, source: Source, settings: InitSettings, *, shapes_only: bool) -> tuple[dict[str, Tensor], list[str]]:
     """Weights under the method's names, and notes."""
     name, tower = student_tower(method)
@@ -231,7 +252,9 @@ def _matched(method: Method, source: Source, settings: InitSettings, *, shapes_o
             "only checkpoints of fovea contain heads", where=f"init_from.source={source.name}", hint="Set init_from.heads=false"
         )
     state, rest, notes = _read(source, settings.network, shapes_only)
-    fitted = fit(state, tower, where=f"init_from.source={source.name}")
+    fitted = fit(
+        state, tower, where=f"init_from.source={source.name}", input_channels=settings.input_channels, grid=_grid(source, tower)
+    )
     weights = {f"{name}.{inner}": tensor for inner, tensor in fitted.weights.items()}
     if settings.heads:
         own = {n: tuple(p.shape) for n, p in method.named_parameters() if p.requires_grad and not n.startswith(f"{name}.")}
@@ -240,7 +263,9 @@ def _matched(method: Method, source: Source, settings: InitSettings, *, shapes_o
     return weights, [*notes, *fitted.notes]
 
 
-def _anchored(method: Method, name: str, anchor_source: str | None, *, shapes_only: bool) -> tuple[dict[str, Tensor], list[str]]:
+def _anchored(
+    method: Method, name: str, anchor_source: str | None, settings: InitSettings, *, shapes_only: bool
+) -> tuple[dict[str, Tensor], list[str]]:
     """Weights of a frozen network under the method's names, and notes; the current teacher's if no source is given."""
     networks = dict(method.get_submodule(name).named_children())
     if anchor_source is None and method.teacher is not None:
@@ -252,7 +277,7 @@ def _anchored(method: Method, name: str, anchor_source: str | None, *, shapes_on
     tower = networks.pop("backbone")
     if not isinstance(tower, VisionTower):
         raise ConfigError(f"the network {name} has no vision tower", where=where, hint="Set init_from.source=null")
-    fitted = fit(state, tower, where=where)
+    fitted = fit(state, tower, where=where, input_channels=settings.input_channels, grid=_grid(source, tower))
     own = {f"{head}.{n}": tuple(p.shape) for head, module in networks.items() for n, p in module.named_parameters()}
     rest = {n: tensor for n, tensor in rest.items() if n.split(".")[0] in networks}
     compare(own, {n: tuple(t.shape) for n, t in rest.items()}, where=where)

@@ -12,9 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config.sizes import Size
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.untrusted import printable, read_bytes, read_json
-from pipeline.weights.folder_config import Settings, read_settings
+from pipeline.weights.folder_config import Settings, image_sizes, read_settings, three
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,14 +33,14 @@ class OpenClipFolder:
     Attributes:
         folder: the folder.
         model: open_clip's model with the weights.
-        size: side of its images in pixels.
+        size: side, or height and width, of its images in pixels.
         mean, std: of its images, as fractions of full intensity.
         text: the validated settings of its text tower.
     """
 
     folder: Path
     model: nn.Module
-    size: int
+    size: Size
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     text: Settings
@@ -165,16 +166,14 @@ def load(folder: Path) -> OpenClipFolder:
             where=str(folder),
             hint="Give a complete folder",
         )
-    size, mean, std = _preprocessing(document.get("preprocess_cfg"), where)
+    mean, std = _preprocessing(document.get("preprocess_cfg"), where)
+    size = image_sizes(document, where=where).images or 224
     return OpenClipFolder(folder, model, size, mean, std, text)
 
 
-def _preprocessing(settings: Any, where: str) -> tuple[int, tuple[float, float, float], tuple[float, float, float]]:
-    from pipeline.weights.folder_config import side, three
-
+def _preprocessing(settings: Any, where: str) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     about = settings if isinstance(settings, dict) else {}
     return (
-        side(about.get("size", 224), where=where),
         three(about.get("mean", (0.48145466, 0.4578275, 0.40821073)), where=where),
         three(about.get("std", (0.26862954, 0.26130258, 0.27577711)), where=where, positive=True),
     )

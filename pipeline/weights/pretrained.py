@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config.sizes import Size
+from pipeline.data.channel_settings import MAX_CHANNELS
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.untrusted import printable, read_json
-from pipeline.weights.folder_config import read_settings, side, three
+from pipeline.weights.folder_config import image_sizes, input_size, per_channel, read_settings, side, size_of, three
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from pipeline.models.eval_model import EvalModel
 
 _HALF = (0.5, 0.5, 0.5)
+_RGB = 3  # channels, unless a folder names others
 _TIMM_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 _TRANSFORMERS = ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit", "vit_msn")
 _OF_BACKBONES = {"out_features", "out_indices"}  # lists, which only transformers' detectors read; settings of older versions
@@ -33,12 +37,12 @@ class PretrainedModel:
     Attributes:
         name: display name.
         subject: the model for evaluation.
-        size: side in pixels of the images it was trained on.
+        size: side, or height and width, in pixels of the images it was trained on.
     """
 
     name: str
     subject: EvalModel
-    size: int
+    size: Size
 
 
 def load(source: str, *, model: str | None, device: torch.device) -> PretrainedModel:
@@ -89,7 +93,7 @@ def _tokens(tokens: Tensor, prefix: int) -> Any:
     return Tokens(cls=tokens[:, 0], registers=tokens[:, 1:prefix], patches=tokens[:, prefix:], kept=None)
 
 
-def _wrapped(model: Any, name: str, size: int, mean: Any, std: Any, device: torch.device) -> PretrainedModel:
+def _wrapped(model: Any, name: str, size: Size, mean: Any, std: Any, device: torch.device) -> PretrainedModel:
     from pipeline.models.eval_model import EvalModel
 
     model = model.to(device).eval().requires_grad_(False)
@@ -124,20 +128,30 @@ def _of_timm(path: Path, about: dict[str, Any], device: torch.device) -> Pretrai
         value = about.get(key, shown.get(key))
         if value is not None:
             args.setdefault(key, read_settings({key: value}, takes, where=where).values[key])
-    size = shown.get("input_size", getattr(usual, "input_size", (3, 224, 224)))
-    pixels = side(size[-1] if isinstance(size, list | tuple) and len(size) == 3 else size, where=where)
+    pixels = image_sizes(about, where=where).images or input_size(getattr(usual, "input_size", (3, 224, 224)), where=where)
     if shown.get("fixed_input_size", True):
         args.setdefault("img_size", pixels)
-    mean = three(shown.get("mean", getattr(usual, "mean", _HALF)), where=where)
-    std = three(shown.get("std", getattr(usual, "std", _HALF)), where=where, positive=True)
+    count = args.get("in_chans", _RGB)
+    if type(count) is not int or not 1 <= count <= MAX_CHANNELS:
+        raise CheckpointError(f"in_chans must be from 1 to {MAX_CHANNELS}", where=where, hint="Give a complete folder")
+    usual_mean, usual_std = (getattr(usual, "mean", _HALF), getattr(usual, "std", _HALF)) if count == _RGB else (None, None)
+    mean = per_channel(shown.get("mean", usual_mean), count, where=where)
+    std = per_channel(shown.get("std", usual_std), count, where=where, positive=True)
     state = read_folder(path, _TIMM_WEIGHTS)
     try:
         with torch.device("meta"):
             shapes = {key: tensor.shape for key, tensor in timm.create_model(name, pretrained=False, **args).state_dict().items()}
+        needed = sum(map(math.prod, shapes.values()))
+        if needed > 2 * sum(tensor.numel() for tensor in state.values() if isinstance(tensor, torch.Tensor)):
+            raise CheckpointError(
+                f"the settings need {needed} weights, more than the file has", where=where, hint="Give a complete folder"
+            )
         if not shapes.keys() - state.keys():
             # Created with its classifier: without classes, timm accepts files that lack tensors.
             weights = {"state_dict": state, "num_classes": args.get("num_classes", getattr(usual, "num_classes", 1000))}
             model = timm.create_model(name, pretrained=True, pretrained_cfg=weights, **args)
+    except CheckpointError:
+        raise
     except Exception as error:  # timm validates with assertions, and invalid sizes raise arithmetic errors
         raise CheckpointError(f"timm cannot load it ({reason(error)})", where=str(path), hint="Give a complete folder") from None
     if missing := sorted(shapes.keys() - state.keys()):
@@ -166,7 +180,7 @@ def _of_tower(source: str, model: str | None, device: torch.device) -> Pretraine
             "a file does not name its architecture", where="--model", hint="Give a timm name, such as vit_small_patch16_224"
         )
     about = timm.get_pretrained_cfg(name, allow_unregistered=True) if timm.is_model(name) else None
-    size = int(about.input_size[-1]) if about is not None else 224
+    size = input_size(about.input_size, where=source) if about is not None else 224
     tower = build_tower(ModelSettings(timm_name=name), image_size=size)
     state, _ = unwrapped(weights_of(find(source)))
     fitted = fit(state, tower, where=source)
@@ -289,9 +303,8 @@ def _of_transformers(path: Path, about: dict[str, Any], device: torch.device) ->
     )
     mean = three(pixels.get("image_mean", (0.485, 0.456, 0.406)), where=str(shown))
     std = three(pixels.get("image_std", (0.229, 0.224, 0.225)), where=str(shown), positive=True)
-    crop = pixels.get("crop_size")
-    size = crop.get("height") if isinstance(crop, dict) else config.image_size
-    return PretrainedModel(path.name, EvalModel(tower, mean, std), side(size, where=where))
+    size = image_sizes(about, where=where, pixels=pixels).images or size_of(config.image_size, where=where)
+    return PretrainedModel(path.name, EvalModel(tower, mean, std), size)
 
 
 def _parameters(one: Any) -> set[str]:

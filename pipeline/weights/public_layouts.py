@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from pipeline.models.tensor_files import reason
 from pipeline.models.vision import VisionTower
 from pipeline.untrusted import printable
 from pipeline.weights.foreign_names import renamed
+from pipeline.weights.input_channels import described, inflated
 
 _WRAPPERS = ("teacher", "model", "state_dict", "student")
 _PREFIXES = ("module.", "_orig_mod.", "teacher.", "student.", "backbone.")
@@ -78,13 +79,24 @@ def unwrapped(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
     return tensors, notes
 
 
-def fit(state: Mapping[str, Tensor], tower: VisionTower, *, where: str) -> Fitted:
+def fit(
+    state: Mapping[str, Tensor],
+    tower: VisionTower,
+    *,
+    where: str,
+    input_channels: str | Sequence[str] = "mean",
+    grid: tuple[int, int] | None = None,
+) -> Fitted:
     """Renames weights to a tower's names and resamples positions to its grid.
 
     Args:
         state: tensors by name; ``meta`` tensors suffice to check whether they fit.
         tower: provides names and shapes.
         where: the source, for messages.
+        input_channels: rule by which weights for RGB images see other channels, see
+            :func:`pipeline.weights.input_channels.inflated`.
+        grid: rows and columns of the source's positions; ``None`` if it does not say: then a square if their number makes one,
+            else the tower's own.
 
     Raises:
         CheckpointError: lists missing and unexpected names and differing shapes.
@@ -100,11 +112,15 @@ def fit(state: Mapping[str, Tensor], tower: VisionTower, *, where: str) -> Fitte
             weights = _rotary(weights, tower, notes)
         for name, _ in tower.named_buffers():  # computed, not learned
             weights.pop(name, None)
-        _fit_positions(weights, tower, notes)
+        _fit_positions(weights, tower, notes, grid)
     except (RuntimeError, IndexError, ValueError) as error:  # tensors of an impossible shape
         raise CheckpointError(
             f"its tensors cannot be reshaped to the tower's ({reason(error)})", where=where, hint="Name other weights"
         ) from None
+    for name in [name for name in weights if name.startswith("vit.patch_embed.") and weights[name].ndim == 4]:
+        if weights[name].shape[1] == 3 and own.get(name, (0, 3))[1] == tower.in_channels != 3:
+            weights[name] = inflated(weights[name], tower.in_channels, input_channels, where=where)
+            notes.append(described(input_channels, tower.in_channels))
     if "mask_token" not in weights and not ours:
         notes.append("the source has no mask token: it starts at zero")
         own.pop("mask_token")
@@ -199,7 +215,7 @@ def _rotary(weights: Mapping[str, Tensor], tower: VisionTower, notes: list[str])
     return result
 
 
-def _fit_positions(weights: dict[str, Tensor], tower: VisionTower, notes: list[str]) -> None:
+def _fit_positions(weights: dict[str, Tensor], tower: VisionTower, notes: list[str], known: tuple[int, int] | None) -> None:
     """Converts class position and grid to the tower's; what cannot be converted is left for the comparison to report."""
     name, vit = "vit.pos_embed", tower.vit
     if name not in weights or vit.pos_embed is None or weights[name].ndim != 3:
@@ -207,10 +223,15 @@ def _fit_positions(weights: dict[str, Tensor], tower: VisionTower, notes: list[s
     positions, grid = weights[name], tuple(vit.patch_embed.grid_size)
     num_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
     tokens = positions.shape[1]
-    candidates = [(num_prefix, grid)] if tokens == num_prefix + math.prod(grid) else []
+    same = [(num_prefix, grid)] if tokens == num_prefix + math.prod(grid) else []
+    square: list[tuple[int, tuple[int, int]]] = []
     for prefix in (num_prefix, 1, 0, vit.num_prefix_tokens):
         side = math.isqrt(max(tokens - prefix, 0))
-        candidates += [(prefix, (side, side))] if side and side * side == tokens - prefix else []
+        square += [(prefix, (side, side))] if side and side * side == tokens - prefix else []
+    # As many positions as a rectangular grid has can still be those of a square, which public weights have.
+    candidates = [*same, *square] if grid[0] == grid[1] else [*square, *same]
+    if known is not None:
+        candidates = [(prefix, known) for prefix in (num_prefix, 1, 0) if tokens == prefix + math.prod(known)] or candidates
     if not candidates:
         return
     prefix, old = candidates[0]

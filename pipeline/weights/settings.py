@@ -19,6 +19,12 @@ class InitSettings(Settings):
         "Face, or timm:NAME; null for random weights",
     )
     network: Literal["teacher", "student"] = Field(default="teacher", description="network to take from a fovea checkpoint")
+    input_channels: Literal["mean", "repeat"] | tuple[Literal["red", "green", "blue", "mean", "zero"], ...] = Field(
+        default="mean",
+        description="how the first layer of weights for RGB images is extended to data.channels: every channel begins with the "
+        "mean of the three colours (mean) or with one of them in turn (repeat), both times 3 / channels; or a list with the "
+        "colour of each channel, red, green, blue, mean or zero",
+    )
     heads: bool = Field(default=False, description="load the heads of a fovea checkpoint too, not only the backbone")
 
 

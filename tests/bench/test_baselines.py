@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from pipeline.bench import official, pairs, prototype_loss, step, step_dinov2
+from pipeline.data.augment.settings import MultiCropSettings
 from pipeline.errors import ConfigError
+from pipeline.methods.dinov2.settings import Dinov2Settings
 from tests.helpers.rank_pool import pool
 
 
@@ -181,3 +183,12 @@ def test_a_step_of_dinov2_dispatches_little_more_than_the_official_one_did(measu
     """How many operations depends on the depth of a tower, not on its width or the size of crops."""
     (result,) = pool(1).run(measured)
     assert 0.9 * OFFICIAL <= result.operations[step.OURS] <= MORE * OFFICIAL
+
+
+def test_a_step_of_rectangles_has_their_shapes_and_masks() -> None:
+    views = MultiCropSettings(global_size=(16, 64), local_size=(8, 32), local_count=3)
+    settings = Dinov2Settings(views=views, prototypes=16, mask_probability=1.0, mask_ratio=(0.5, 0.5))
+    batch = step_dinov2._batch(settings, 8, 2, torch.device("cpu"))
+    assert [tuple(one.shape) for one in batch.views["global"]] == [(2, 3, 16, 64)] * 2
+    assert [tuple(one.shape) for one in batch.views["local"]] == [(2, 3, 8, 32)] * 3
+    assert batch.masks["global"].grid.shape == (4, 16) and batch.masks["global"].grid.sum(1).tolist() == [8] * 4

@@ -43,6 +43,7 @@ PLAIN = {
         "notify.webhook_env",
     ),
     "notify.command",  # looked up on the PATH, as in a shell
+    *(f"data.channels.{name}" for name in ("names", "members", "rgb", "groups", "composite")),
     *("method.text.tokenizer", "checkpoint.keep_best", "tracking.experiment", "evaluation.segmentation.class_names"),
 }
 

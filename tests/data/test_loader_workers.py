@@ -233,7 +233,7 @@ def test_bad_samples_are_counted_when_a_batch_is_handed_out(opened: Opener, monk
     from pipeline.data import sample_source
 
     real = sample_source._decoded
-    monkeypatch.setattr(sample_source, "_decoded", lambda record, kind: None if record.id & 1 else real(record, kind))
+    monkeypatch.setattr(sample_source, "_decoded", lambda record, *rest: None if record.id & 1 else real(record, *rest))
     dataset = opened(decode="rgb8", max_bad_fraction=0.4, bad_fraction_window=16)
     with pytest.raises(TrainingError, match="could not be used"):
         list(dataset.loader(num_workers=2, collate_fn=list))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from pipeline.data.loader.encoded_batches import StepDataset
 from pipeline.data.loader.reader import Reader
 from pipeline.data.order.order import Order
 from pipeline.errors import ConfigError, DataError
+from tests.helpers.channel_images import npy_file, random_image, write_tar
 from tests.helpers.library import make
 from tests.helpers.shared import made_once
 
@@ -120,3 +122,23 @@ def test_captions_become_tokens(folder: Path, tmp_path: Path) -> None:
 def test_no_views_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there are no views"):
         loader(folder, tmp_path, views=())
+
+
+def test_views_of_declared_channels(tmp_path: Path) -> None:
+    images = [random_image("uint16", 4, 30, 34, seed=n) for n in range(8)]
+    write_tar(tmp_path / "x.tar", [(f"k{n}", {"npy": npy_file(image)}) for n, image in enumerate(images)])
+    made = ViewLoader(
+        str(tmp_path / "x.tar"),
+        views=[ViewSpec("whole", 1, (30, 34), None)],
+        global_batch_size=4,
+        canonical_streams=2,
+        channels={"count": 4, "mean": [0.5, 0.4, 0.5, 0.5], "std": [0.3, 0.2, 0.1, 0.3]},
+        index=str(tmp_path / "index"),
+        device="cpu",
+        num_workers=0,
+        threads=1,
+    )
+    batch = next(iter(made))
+    image = images[int(batch.keys[0][1:])].transpose(2, 0, 1) / 65535
+    expected = (image - np.array([0.5, 0.4, 0.5, 0.5])[:, None, None]) / np.array([0.3, 0.2, 0.1, 0.3])[:, None, None]
+    assert np.abs(batch.views["whole"][0][0].numpy() - expected).max() < 1e-4

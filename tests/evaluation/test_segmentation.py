@@ -19,9 +19,18 @@ from pipeline.data.index.manifest import Manifest
 from pipeline.data.pack.shard_writer import ShardWriter
 from pipeline.errors import DataError
 from pipeline.evaluation.images import ImageSet
-from pipeline.evaluation.segmentation import Segmentation, confusion, full_map, ious, merge_windows, window_positions
+from pipeline.evaluation.segmentation import (
+    Segmentation,
+    _class_shares,
+    confusion,
+    full_map,
+    ious,
+    merge_windows,
+    window_positions,
+)
 from pipeline.evaluation.settings import SegmentationSettings
 from pipeline.models.eval_model import EvalModel
+from pipeline.models.resnet import build_trunk
 from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import build_tower
 from tests.helpers.evaluation import eval_data, image_set
@@ -137,6 +146,27 @@ def test_whole_maps_are_evaluated_to_their_ends(manifests: tuple[Manifest, Manif
     assert part["rate"] == whole["rate"]
     right = whole["pixels"] * 9 * HIGH * WIDE
     assert right == pytest.approx(round(right), abs=1e-6) and right > 9 * HIGH * HIGH  # more than the squares in the middle hold
+
+
+def test_cells_that_reach_beyond_the_image_count_its_pixels_alone(manifests: tuple[Manifest, Manifest], alone: None) -> None:
+    """A ResNet pads: 20 pixels are three cells of 8 a side."""
+    shares = _class_shares(torch.tensor([[[0] * 10 + [1] * 10] * 20]), 8, 2, 9)
+    assert shares.shape == (1, 9, 2)
+    assert shares[0].tolist() == [
+        [1, 0],
+        [0.25, 0.75],
+        [0, 0.5],
+        [1, 0],
+        [0.25, 0.75],
+        [0, 0.5],
+        [0.5, 0],
+        [0.125, 0.375],
+        [0, 0.25],
+    ]
+    tower = build_trunk(ModelSettings(timm_name="resnet18", resnet_width=8, stem="small"), image_size=20).eval()
+    settings = SegmentationSettings(num_classes=2, learning_rates=(1.0,), epochs=2, batch_size=8)
+    scores = Segmentation(settings, eval_data(size=20, class_maps=manifests))(EvalModel(tower, IMAGENET_MEAN, IMAGENET_STD))
+    assert 0 <= scores["miou"] <= 1
 
 
 def test_two_ranks_give_the_scores_of_one_for_whole_maps(manifests: tuple[Manifest, Manifest], alone: None) -> None:

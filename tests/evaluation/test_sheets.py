@@ -21,6 +21,7 @@ from pipeline.data.index.manifest import Manifest
 from pipeline.data.pack.shard_writer import ShardWriter
 from pipeline.evaluation.attention import looked_at, readable, shaded, with_attention
 from pipeline.evaluation.images import ImageSet
+from pipeline.evaluation.principal import sheet
 from pipeline.evaluation.sheets import _RIGHT, _UNKNOWN, _WRONG, NearestImages, attention_sheet, thumbs
 from pipeline.models.eval_model import EvalModel
 from pipeline.models.resnet import build_trunk
@@ -95,12 +96,36 @@ def test_blocks_that_were_compiled_can_be_read() -> None:
 def test_a_sheet_has_the_picture_the_mean_and_each_head() -> None:
     attention = torch.zeros(3, 2, 4)
     attention[:, 0, 1], attention[:, 1, 2] = 1.0, 1.0
-    drawn = attention_sheet(torch.ones(3, 3, 8, 8), attention, mean=MEAN, std=STD, tile=8)
+    drawn = attention_sheet(torch.ones(3, 3, 8, 8), attention, patch=4, mean=MEAN, std=STD, tile=8)
     assert drawn.shape == (8 * 4, 8 * 3, 3) and (drawn[:8] == 255).all()
     bright = shaded(np.array([[0.0, 1.0]]))[0, 1]
     first, second = drawn[16:24, :8], drawn[24:, 16:]
     assert (first[:4, 4:] == bright).all() and not (first[4:] == bright).all(2).any()
     assert (second[4:, :4] == bright).all() and not (second[:4] == bright).all(2).any()
+
+
+@pytest.mark.parametrize(("shape", "grid"), [((8, 32), (2, 8)), ((32, 8), (8, 2))])
+def test_rectangles_keep_their_aspect_ratio_in_a_sheet(shape: tuple[int, int], grid: tuple[int, int]) -> None:
+    """Also where as many patches would make a square grid of 4 x 4."""
+    attention = torch.zeros(2, 1, 16)
+    attention[:, 0, grid[1] - 1] = 1.0  # the last patch of the first row
+    images = torch.full((2, 3, *shape), -1.0)
+    inside = np.zeros((32, 32), dtype=bool)
+    top, left = (32 - shape[0]) // 2, (32 - shape[1]) // 2
+    inside[top : top + shape[0], left : left + shape[1]] = True
+    drawn = attention_sheet(images, attention, patch=4, mean=MEAN, std=STD, tile=32)
+    assert drawn.shape == (96, 64, 3)
+    assert np.array_equal((drawn[:32, :32] == 0).all(2), inside) and (drawn[:32, :32][~inside] == 255).all()
+    bright = (drawn[32:64, :32] == shaded(np.array([[0.0, 1.0]]))[0, 1]).all(2)
+    rows, columns = np.nonzero(bright)
+    assert (rows.min(), rows.max()) == (top, top + 3)
+    assert (columns.min(), columns.max()) == (left + shape[1] - 4, left + shape[1] - 1)
+    small = thumbs(torch.rand(2, 5, *shape), mean=(0.0,) * 5, std=(1.0,) * 5, side=16, shown=(0, 2, 4))
+    assert small.shape == (2, 16, 16, 3) and (small[:, inside[::2, ::2] == 0] == 255).all()
+    assert not (small[:, inside[::2, ::2]] == 255).all(2).all()
+    components = sheet(images, torch.randn(2, 16, 6), patch=4, mean=MEAN, std=STD, tile=32)
+    assert components.shape == (64, 64, 3) and np.array_equal((components[:32, :32] == 0).all(2), inside)
+    assert (components[32:, 32:][~inside] == 255).all()
 
 
 # ---- nearest images -----------------------------------------------------------------------------------------------------------

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from launch.cli.main import main
 from pipeline.config.load import show
 from pipeline.evaluation.start import linear_cka
 from pipeline.methods.registry import build_seeded_method
 from pipeline.models.vision import build_tower
 from pipeline.weights.interpolate import between
+from tests.helpers.commands import fovea
 from tests.helpers.evaluation import CPU, changed, toy, write_checkpoint
 from tests.helpers.exported import DINO, checkpoint, settings
 
@@ -46,12 +46,6 @@ def test_points_between_are_on_the_straight_line() -> None:
         assert all(torch.equal(exact[name], parameter) for name, parameter in tower.named_parameters())
 
 
-def call(*words: str) -> int:
-    with pytest.raises(SystemExit) as left:
-        main(list(words))
-    return int(left.value.code or 0)
-
-
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run that began with the weights of a file."""
@@ -70,7 +64,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_eval_prints_and_writes_points_between_and_changes_by_layer(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("eval", str(run), "--between", "0,0.5,1") == 0
+    assert fovea("eval", str(run), "--between", "0,0.5,1") == 0
     file = next((run / "evaluations").glob("*.json"))
     scores: dict[str, Any] = json.loads(file.read_text())["scores"]
     for k in (1, 5):
@@ -84,21 +78,21 @@ def test_eval_prints_and_writes_points_between_and_changes_by_layer(run: Path, c
 
 @pytest.mark.parametrize("shares", ["0.5,x", "2", "-1"])
 def test_shares_that_are_none_are_refused(shares: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("eval", str(run), f"--between={shares}") == 2
+    assert fovea("eval", str(run), f"--between={shares}") == 2
     assert "must be numbers from 0 to 1" in capsys.readouterr().err
 
 
 def test_a_run_from_random_weights_has_no_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved, _ = checkpoint(tmp_path, settings(DINO))
-    assert call("export", str(saved.path), "--to", "safetensors", "--interpolate", "0.5") == 2
+    assert fovea("export", str(saved.path), "--to", "safetensors", "--interpolate", "0.5") == 2
     assert "began with random weights" in capsys.readouterr().err
 
 
 def test_the_export_of_a_point_between_loads_as_weights(run: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    assert call("export", str(run), "--to", "safetensors", "--interpolate", "0.5") == 0
-    assert call("export", str(run), "--to", "safetensors") == 0
+    assert fovea("export", str(run), "--to", "safetensors", "--interpolate", "0.5") == 0
+    assert fovea("export", str(run), "--to", "safetensors") == 0
     half = load_file(run / "export" / "safetensors-0.5" / "model.safetensors")
     end = load_file(run / "export" / "safetensors" / "model.safetensors")
     start = torch.load(tmp_path / "start.pth", weights_only=True)

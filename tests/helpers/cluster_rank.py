@@ -83,6 +83,8 @@ while step < plan["steps"]:
             fail("ValueError", f"broken at {step}") if rank == 1 else time.sleep(30)
         if act == "kill" and rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
+        while act == "kill" and not told:  # until Slurm ends it, however busy the machine is
+            time.sleep(0.02)
         if act == "refuse":
             fail("ConfigError", "no such shard")
         if act == "nonfinite":

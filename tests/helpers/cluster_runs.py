@@ -49,7 +49,12 @@ def starter(slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     real = render.step
 
     def begin(
-        acts: dict[str, Any] | None = None, *, steps: int = 8, seconds: float = 0.15, folder: str = "run", **profile: Any
+        acts: dict[str, Any] | None = None,
+        *settings: str,
+        steps: int = 8,
+        seconds: float = 0.15,
+        folder: str = "run",
+        **profile: Any,
     ) -> tuple[RunDirectory, int]:
         config = tmp_path / "toy.yaml"
         config.write_text(TOY)
@@ -62,7 +67,7 @@ def starter(slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             return real(profile, run, module) if module else [*words, sys.executable, str(RANK), str(run), json.dumps(plan)]
 
         monkeypatch.setattr("launch.slurm.render.step", step)
-        loaded = load(config, ["data.shards=/nowhere/x.tar", f"run.directory={run.path}"])
+        loaded = load(config, ["data.shards=/nowhere/x.tar", f"run.directory={run.path}", *settings])
         done = submit(loaded, ClusterProfile(**{**SITE, **profile}), index=False)
         assert done.job is not None
         return run, done.job

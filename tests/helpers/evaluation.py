@@ -11,12 +11,13 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from pipeline.checkpoint.files import entry
-from pipeline.config.load import Loaded, load
+from pipeline.config.load import Loaded, load, show
 from pipeline.data.index.manifest import Manifest
 from pipeline.data.pack import synthetic as scenes
 from pipeline.evaluation.images import EvalData, ImageSet, Placement
 from pipeline.evaluation.settings import KnnSettings
 from pipeline.methods.base import Method
+from pipeline.methods.registry import build_seeded_method
 from tests.helpers.runs import TOY
 
 CPU = torch.device("cpu")
@@ -57,6 +58,16 @@ def write_checkpoint(run: Path, method: Method, *, step: int = 24, **facts: Any)
         **facts,
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def write_run(loaded: Loaded) -> Path:
+    """A run with a checkpoint of weights that no seed gives, with its settings beside it."""
+    folder = loaded.config.run.folder
+    settings = loaded.config.model_dump(mode="json")
+    write_checkpoint(folder, changed(build_seeded_method(loaded.config, CPU), 1), config=settings)
+    (folder / "config.yaml").write_text(show(loaded))
+    (folder / "config.json").write_text(json.dumps(settings))
     return folder
 
 

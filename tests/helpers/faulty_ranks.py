@@ -1,7 +1,8 @@
 """``fovea train`` whose ranks fail on purpose.
 
-Run ``python -m tests.helpers.faulty_ranks train …`` with ``FAULT=<rank> <step> <kind>``, and with ``DELAYED=1`` to have the
-host read a step later whether a step was applied, as on a GPU.
+Run ``python -m tests.helpers.faulty_ranks train …`` with ``FAULT=<rank> <step> <place> <kind>``, and with ``DELAYED=1`` to have
+the host read a step later whether a step was applied, as on a GPU. Several faults of an attempt are separated by commas; after a
+semicolon come those of the next attempt, and without one every attempt has the same.
 
 The product has no hook for this: the process that starts the ranks makes them this module too, which wraps what is to break.
 """
@@ -32,15 +33,29 @@ def _break(kind: str) -> None:
     time.sleep(36000)
 
 
+_flipped: list[bool] = []
+
+
+def _flip_once(method: Any) -> None:
+    """Flip a bit of a weight, as a fault of the memory does, in the first pass of the step only."""
+    if not _flipped:
+        _flipped.append(True)
+        next(method.parameters()).detach().view(-1)[:1].view(torch.int32).bitwise_xor_(1 << 12)
+
+
 def _arm(rank: int, step: int, place: str, kind: str, last: int) -> None:
     from pipeline.data.loader.batch_stream import BatchStream
     from pipeline.training.engine import Engine
+    from pipeline.training.rollback import SkippedSteps
 
     here = int(os.environ["RANK"]) == rank
     forward_backward, engine_step, batches = Engine.forward_backward, Engine.step, BatchStream.__iter__
+    add = SkippedSteps.add
 
     def broken_forward(self: Engine, batch: Any, now: Any) -> Any:
-        if here and now.index == step and place == "forward" and kind != "nan":
+        if here and now.index == step and place == "forward" and kind == "flip":
+            _flip_once(self.method)
+        elif here and now.index == step and place == "forward" and kind != "nan":
             _break(kind)
         terms = forward_backward(self, batch, now)
         if here and step <= now.index <= last and kind == "nan":
@@ -58,6 +73,12 @@ def _arm(rank: int, step: int, place: str, kind: str, last: int) -> None:
                 _break(kind)
             yield number, micro_batches
 
+    def broken_rollback(self: SkippedSteps, *arguments: Any, **named: Any) -> None:
+        add(self, *arguments, **named)
+        if here and place == "back":
+            _break(kind)
+
+    SkippedSteps.add = broken_rollback  # type: ignore[method-assign]
     Engine.forward_backward, Engine.step, BatchStream.__iter__ = broken_forward, broken_step, broken_data  # type: ignore[method-assign]
 
 
@@ -90,8 +111,12 @@ def main() -> int:
         return 0
     if os.environ.get("DELAYED"):
         _delay()
-    rank, step, place, kind, *rest = os.environ["FAULT"].split()
-    _arm(int(rank), int(step), place, kind, int(rest[0]) if rest else int(step))
+    attempts = os.environ["FAULT"].split(";")
+    attempt = int(sys.argv[2]) if len(attempts) > 1 else 0
+    for fault in attempts[attempt].split(",") if attempt < len(attempts) else ():
+        if fault:
+            rank, step, place, kind, *rest = fault.split()
+            _arm(int(rank), int(step), place, kind, int(rest[0]) if rest else int(step))
     if sys.argv[1] == "train":
         from launch.cli import main as cli
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
+HANGS = 1500.0  # seconds of a single test: ten times what the longest takes on a free machine
 LONG = 1200.0  # seconds in which anything that a test waits for has happened, on the slowest and busiest machine
 
 
@@ -37,12 +38,13 @@ def hang_limit(seconds: float = LONG) -> Iterator[None]:
 @contextlib.contextmanager
 def _timer(which: int, number: int, seconds: float, stop: object) -> Iterator[None]:
     before = signal.signal(number, stop)  # type: ignore[arg-type]
-    signal.setitimer(which, seconds)
+    left, _ = signal.setitimer(which, seconds)  # of a limit around this one
     try:
         yield
     finally:
         signal.setitimer(which, 0)
         signal.signal(number, before)
+        signal.setitimer(which, left)
 
 
 def deadline(seconds: float = LONG) -> float:

@@ -32,6 +32,11 @@ class MlflowServer:
         """Its address."""
         return f"http://127.0.0.1:{self._port}"
 
+    @property
+    def group(self) -> int:
+        """Process group of the server and all its children; 0 if it is not running."""
+        return self._process.pid if self._process is not None else 0
+
     def start(self, seconds: float = 1200) -> None:
         """Starts it and waits until it answers."""
         words = [

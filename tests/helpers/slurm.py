@@ -103,9 +103,9 @@ def _ports(count: int) -> list[int]:
 _SHORT = {"KillWait": "10", "MinJobAge": "3600"}
 
 
-def _write(folder: Path, extra: dict[str, str], partitions: list[str], *, defaults: bool) -> Path:
+def _write(folder: Path, extra: dict[str, str], partitions: list[str], names: list[str], *, defaults: bool) -> Path:
     me, host = getpass.getuser(), socket.gethostname().split(".")[0]
-    control, first, second = _ports(3)
+    control, *ports = _ports(1 + len(names))
     options = {
         "ClusterName": "tests",
         "SlurmctldHost": f"{host}(127.0.0.1)",
@@ -137,7 +137,7 @@ def _write(folder: Path, extra: dict[str, str], partitions: list[str], *, defaul
         **extra,
     }
     lines = [f"{key}={value}" for key, value in options.items()]
-    for name, port in (("n1", first), ("n2", second)):
+    for name, port in zip(names, ports, strict=True):
         lines.append(f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=8 RealMemory=4000 State=UNKNOWN")
     file = folder / "slurm.conf"
     file.write_text("\n".join([*lines, *partitions]) + "\n")
@@ -146,24 +146,31 @@ def _write(folder: Path, extra: dict[str, str], partitions: list[str], *, defaul
 
 @contextlib.contextmanager
 def cluster(
-    folder: Path, *, extra: dict[str, str] | None = None, partitions: list[str] | None = None, defaults: bool = False
+    folder: Path,
+    *,
+    extra: dict[str, str] | None = None,
+    partitions: list[str] | None = None,
+    defaults: bool = False,
+    nodes: int = 2,
 ) -> Iterator[Cluster]:
-    """Starts the daemons, waits until both nodes are idle, and ends everything afterwards.
+    """Starts the daemons, waits until all nodes are idle, and ends everything afterwards.
 
     Args:
         folder: everything it writes.
         extra: further options of ``slurm.conf``.
-        partitions: lines of ``slurm.conf``; by default one partition of both nodes.
+        partitions: lines of ``slurm.conf``; by default one partition of all nodes.
+        nodes: how many, called n1 and so on.
         defaults: keep Slurm's own ``cred_expire``, ``KillWait`` and ``MinJobAge`` instead of short ones.
     """
-    for name in ("state", "log", "run", "munge", "spool.n1", "spool.n2"):
+    names = [f"n{number + 1}" for number in range(nodes)]
+    for name in ("state", "log", "run", "munge", *(f"spool.{name}" for name in names)):
         (folder / name).mkdir(parents=True)
     (folder / "munge").chmod(0o700)
     key = folder / "munge" / "key"
     key.write_bytes(os.urandom(1024))
     key.chmod(0o400)
     partitions = partitions or ["PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP"]
-    conf = _write(folder, extra or {}, partitions, defaults=defaults)
+    conf = _write(folder, extra or {}, partitions, names, defaults=defaults)
     stray = ("SLURM_", "SRUN_", "SBATCH_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(stray)}
     environment |= {"SLURM_CONF": str(conf), "PATH": f"{environment.get('PATH', '')}:/usr/sbin:/sbin"}
@@ -172,15 +179,14 @@ def cluster(
     daemons = [
         *(["munged", "--force", f"--socket={munge}/sock", f"--key-file={key}", f"--pid-file={folder}/run/munged.pid"],),
         ["slurmctld", "-c"],
-        ["slurmd", "-N", "n1"],
-        ["slurmd", "-N", "n2"],
+        *(["slurmd", "-N", name] for name in names),
     ]
     daemons[0] += [f"--log-file={folder}/log/munged.log", f"--seed-file={munge}/seed"]
     try:
         for command in daemons:
             subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
         end = time.monotonic() + 900
-        while made.call("sinfo", "-h", "-N", "-o", "%T", check=False).split().count("idle") < 2:
+        while made.call("sinfo", "-h", "-N", "-o", "%T", check=False).split().count("idle") < nodes:
             assert time.monotonic() < end, f"the nodes are not idle\n{made.tails()}"
             time.sleep(0.1)
         yield made

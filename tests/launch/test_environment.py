@@ -125,6 +125,7 @@ def _own_terminal() -> None:
     import fcntl
     import termios
 
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may have been started by nohup
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 

@@ -128,13 +128,14 @@ def test_a_rank_ended_by_a_signal_counts_as_128_and_its_number(tmp_path: Path, c
 def test_signals_reach_every_rank_once_and_the_launcher_waits(tmp_path: Path, name: str) -> None:
     process = launcher(tmp_path, LISTENER)
     os.kill(process.pid, getattr(signal, name))
-    wait_for(lambda: all((tmp_path / f"signals-{n}").exists() for n in range(2)))
+    notes = [tmp_path / f"signals-{n}" for n in range(2)]
+    wait_for(lambda: all(note.exists() and note.read_text() == f"{name}\n" for note in notes))  # a second one must not cut in
     if name != "SIGTERM":
         assert process.poll() is None
         os.kill(process.pid, signal.SIGTERM)
     assert process.wait(20) == 0
     expected = f"{name}\n" if name == "SIGTERM" else f"{name}\nSIGTERM\n"
-    assert [(tmp_path / f"signals-{n}").read_text() for n in range(2)] == [expected] * 2
+    assert [note.read_text() for note in notes] == [expected] * 2
     process.stderr.close()  # type: ignore[union-attr]
 
 
@@ -164,7 +165,7 @@ def test_no_rank_outlives_a_launcher_killed_by_sigkill(tmp_path: Path) -> None:
 
 
 def test_an_exception_in_the_launcher_leaves_no_rank_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> int:
+    def fail(*_: object, **__: object) -> int:
         wait_for(lambda: all((tmp_path / f"pid-{n}").exists() and (tmp_path / f"pid-{n}").read_text() for n in range(2)))
         raise RuntimeError("in the middle")
 

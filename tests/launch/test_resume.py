@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launch.resume import check_identity, choose_checkpoint, origins
+from launch.resume import check_identity, choose_checkpoint, chosen_again, origins
 from pipeline.checkpoint.files import entry
 from pipeline.config.load import load
 from pipeline.config.schema import Config
@@ -116,13 +117,22 @@ def test_a_setting_that_does_not_touch_the_mathematics_may_change(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("fingerprint", "0123"), ("seed", 8), ("global_batch", 32), ("lanes", 2), ("block", 128), ("plan", 0), ("version", 0)],
+    [
+        ("fingerprint", "0123"),
+        ("seed", 8),
+        ("global_batch", 32),
+        ("lanes", 2),
+        ("block", 128),
+        ("plan", 0),
+        ("version", 0),
+        ("channels", [2, "uint16", [], "full"]),
+    ],
 )
 def test_changed_data_are_refused_by_what_changed(
     config: Config, inputs: Inputs, run: RunDirectory, name: str, value: object
 ) -> None:
     save(run.checkpoints, 10, config, inputs, data={**data_identity(inputs), "samples": 60, name: value})
-    with pytest.raises(CheckpointError, match=rf"{name} was {value!r} and is") as caught:
+    with pytest.raises(CheckpointError, match=re.escape(f"{name} was {value!r} and is")) as caught:
         choose_checkpoint(config, run, inputs)
     assert "60 samples" in caught.value.hint
 
@@ -151,6 +161,34 @@ def test_never_means_that_nothing_is_there(text: Path, shards: Path, config: Con
     with pytest.raises(CheckpointError, match=r"checkpoint\.resume=never") as caught:
         choose_checkpoint(never, run, inputs)
     assert "run.directory" in caught.value.hint
+
+
+def test_a_start_within_a_launch_goes_on_with_what_it_has_written_though_it_began_from_nothing(
+    text: Path, shards: Path, inputs: Inputs, run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never = settings(text, shards, "checkpoint.resume=never", f"checkpoint.mirror={tmp_path / 'mirror'}")
+    monkeypatch.setattr("launch.resume.copies.fetch", lambda *_: pytest.fail("a mirrored copy is that of another run"))
+    assert chosen_again(never, run, inputs, None) is None
+    save(run.checkpoints, 10, never, inputs)
+    again = chosen_again(never, run, inputs, None)
+    assert again is not None and again.step == 10
+
+
+def test_a_snapshot_with_as_many_steps_spares_the_check_of_the_checkpoint(
+    config: Config, inputs: Inputs, run: RunDirectory, tmp_path: Path
+) -> None:
+    snapshots = tmp_path / "memory"
+    on_disk = save(run.checkpoints, 10, config, inputs)
+    (on_disk / "rank_00000.safetensors").write_bytes(b"damaged")
+    save(snapshots, 10, config, inputs)
+    again = chosen_again(config, run, inputs, snapshots)
+    assert again is not None and again.path.parent == snapshots
+    save(run.checkpoints, 12, config, inputs)
+    again = chosen_again(config, run, inputs, snapshots)
+    assert again is not None and again.path.parent == run.checkpoints and again.step == 12
+    (save(snapshots, 14, config, inputs) / "rank_00000.safetensors").write_bytes(b"damaged")
+    again = chosen_again(config, run, inputs, snapshots)
+    assert again is not None and again.step == 12
 
 
 def test_a_path_names_one_checkpoint_of_any_run(

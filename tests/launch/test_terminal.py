@@ -25,6 +25,7 @@ from pipeline.errors import FoveaError, of_system
 from pipeline.reports.comparison import write as report
 from pipeline.runtime.run_directory import RunDirectory
 from tests.checkpoint.test_manifest import GOOD, JSON, run_with
+from tests.helpers.commands import fovea
 from tests.helpers.runs import TOY, environment
 
 EVIL = "\x1b]0;TITLE\x07\x1b[2J\x9b31m\u202e"
@@ -32,12 +33,6 @@ EVIL = "\x1b]0;TITLE\x07\x1b[2J\x9b31m\u202e"
 
 def harmless(text: str) -> bool:
     return not any(c in text for c in "\x1b\x07\x9b\u202e\r")
-
-
-def call(*words: str) -> int:
-    with pytest.raises(SystemExit) as left:
-        main(list(words))
-    return int(left.value.code or 0)
 
 
 @pytest.fixture
@@ -66,17 +61,17 @@ def test_commands_on_shards_escape_names(
     monkeypatch.chdir(tmp_path)
     pattern = str(tmp_path / "x*.tar")
     for words in (["index"], ["verify"], ["stats"]):
-        call("shards", *words, pattern)
+        fovea("shards", *words, pattern)
         out = capsys.readouterr()
         assert harmless(out.out + out.err), words
         assert "TITLE" in out.out + out.err, "the name is shown, escaped"
-    assert call("shards", "index", str(shard)) == 2, "a name with control characters cannot be typed"
+    assert fovea("shards", "index", str(shard)) == 2, "a name with control characters cannot be typed"
     refusal = capsys.readouterr().err
     assert harmless(refusal) and "control characters" in refusal and "Traceback" not in refusal
-    call("shards", "index", pattern, "--report", str(tmp_path / "report.json"))
+    fovea("shards", "index", pattern, "--report", str(tmp_path / "report.json"))
     texts = list(tmp_path.rglob("report.txt"))
     assert texts and all(harmless(file.read_text()) for file in texts)
-    call("shards", "index", f"{tmp_path}/none{EVIL}.tar")
+    fovea("shards", "index", f"{tmp_path}/none{EVIL}.tar")
     assert harmless(capsys.readouterr().err)
 
 
@@ -104,8 +99,8 @@ def test_status_and_logs_of_a_foreign_run_are_escaped(tmp_path: Path, capsys: py
     run.note("end", attempt=0, code=1, cause=EVIL, why=EVIL)
     run.logs(0).mkdir(parents=True)
     (run.logs(0) / "rank-0.log").write_text(EVIL)
-    assert call("status", str(run.path)) == 0
-    assert call("logs", str(run.path)) == 0
+    assert fovea("status", str(run.path)) == 0
+    assert fovea("logs", str(run.path)) == 0
     out = capsys.readouterr()
     assert harmless(out.out + out.err) and out.out.count("TITLE") > 3
 

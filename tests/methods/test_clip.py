@@ -126,6 +126,17 @@ def test_patches_are_left_out_in_training_only_and_the_class_token_stays() -> No
     assert seen == [1 + 2, 1 + 4]
 
 
+@pytest.mark.parametrize("shape", [(4, 16), (16, 4)])
+def test_half_of_the_patches_of_a_rectangle_are_left_out(shape: tuple[int, int]) -> None:
+    method, batch = clip(patch_dropout=0.5, model=MODEL), pairs_at(0)
+    patch, samples = method.backbone.patch, len(batch.ids)
+    size = (shape[0] * patch // 4, shape[1] * patch // 4)
+    seen: list[int] = []
+    method.backbone.vit.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    method(replace(batch, views={"image": [torch.randn(samples, 3, *size)]}), STEP)
+    assert seen == [1 + 2]
+
+
 def test_what_is_drawn_in_a_micro_batch_is_drawn_alike_when_it_comes_again() -> None:
     method = clip(model=ModelSettings(**{**MODEL.model_dump(), "drop_path": 0.5}), patch_dropout=0.5)
     parts = [pairs_at(0, slice(0, 4)), pairs_at(0, slice(4, 8))]

@@ -267,3 +267,10 @@ def test_a_teacher_that_cannot_see_so_many_pixels_is_refused(side: int) -> None:
 def test_the_quick_method_costs_at_most_1_6_times_clip() -> None:
     clip, quick = (counted(load(name).config) for name in ("clip/vit_b16_yfcc15m", "detailclip/vit_b16_quick"))
     assert quick <= 1.6 * clip
+
+
+def test_rectangles_are_refused_where_the_method_is_built() -> None:
+    """``fovea config check`` refuses them before; the number of masked patches is a square's."""
+    settings = DetailClipSettings(views=ViewSettings(global_size=(8, 16)), text=TEXT, embed_dim=12, prototypes=K)
+    with pytest.raises(ConfigError, match=r"method.views.global_size: 8 x 16 pixels \(height x width\) must be square"):
+        DetailCLIP(build_tower(MODEL, image_size=(8, 16)), settings)

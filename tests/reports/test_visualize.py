@@ -18,7 +18,7 @@ from pipeline.evaluation.principal import sheet
 from pipeline.models.eval_model import EvalModel
 from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import build_tower
-from pipeline.reports.visualize import square
+from pipeline.reports.visualize import centre
 from tests.helpers.exported import CLIP, DINO, checkpoint, settings
 
 HALF = (0.5, 0.5, 0.5)
@@ -89,7 +89,7 @@ def test_pictures_and_maps_keep_their_places(tmp_path: Path) -> None:
     pixels = np.zeros((10, 30, 3), dtype=np.uint8)
     pixels[:, 10:20] = 200
     Image.fromarray(pixels).save(tmp_path / "bar.png")
-    assert square(tmp_path / "bar.png", 10).min() == 200
-    drawn = sheet(torch.ones(3, 3, 8, 8), torch.randn(3, 4, 6), mean=HALF, std=HALF, tile=16)
+    assert centre(tmp_path / "bar.png", 10).min() == 200
+    drawn = sheet(torch.ones(3, 3, 8, 8), torch.randn(3, 4, 6), patch=4, mean=HALF, std=HALF, tile=16)
     assert drawn.shape == (32, 48, 3)
     assert (drawn[:16] == 255).all() and not (drawn[16:] == 255).all()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.pack import synthetic
+from pipeline.training.signature_file import Signature, read
 from tests.helpers.runs import TOY
 from tests.helpers.standin import process
 from tests.helpers.standin.recorder import Record
@@ -74,3 +75,18 @@ def test_the_loader_neither_launches_on_the_training_stream_nor_waits_for_it(toy
         call for call in trains if call.kind == "order" and call.name == "stream waits for event" and call.stream == "default"
     ]
     assert not [call for call in trains if call.stream == side and call.kind != "order"]
+
+
+def test_signatures_are_read_from_the_device_without_waiting_in_a_step(toy: tuple[Path, str], tmp_path: Path) -> None:
+    words = ("train.duration=6 steps", "evaluation.knn.enabled=false")
+    record = train(toy, tmp_path / "run", *words)
+    own = [block for block in record.blocks if "signature" in block.where]
+    assert not [block.line for block in own if "settle" not in block.where], own
+    assert sum(block.calls for block in own) <= 3, own  # at the log steps 4 and 6, where the host waits anyway, and the first
+    steps = [one.step for one in read(tmp_path / "run" / "signatures" / "attempt-0000-rank-0.bin") if isinstance(one, Signature)]
+    assert steps == list(range(6))
+    off = train(toy, tmp_path / "off", *words, "train.signatures=false")
+    assert not (tmp_path / "off" / "signatures").exists()
+    names = {block.where for block in record.blocks} - {block.where for block in off.blocks}
+    # The last checkpoint is saved while the host waits for it.
+    assert not [name for name in names if "signature" not in name and "group_digests" not in name], names

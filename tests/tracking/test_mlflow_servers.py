@@ -14,13 +14,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launch.cli.main import main
 from pipeline.errors import ConfigError
 from pipeline.evaluation.reporter import EvalReporter
 from pipeline.runtime.run_directory import RunDirectory
 from pipeline.tracking import EvalDestination, Journal, Shipper, eval_destinations, own_database, remember, server_of
 from pipeline.tracking.journal import read
 from tests.checkpoint.test_manifest import JSON
+from tests.helpers.commands import fovea
 
 
 class Sink:
@@ -78,20 +78,14 @@ def configured(run: Path, uri: str | None) -> None:
     (run / "config.json").write_text(json.dumps(document))
 
 
-def call(*words: str) -> int:
-    with pytest.raises(SystemExit) as left:
-        main(list(words))
-    return int(left.value.code or 0)
-
-
 def test_a_server_that_only_the_run_names_is_never_contacted(run: Path, sink: Sink, capsys: pytest.CaptureFixture[str]) -> None:
     configured(run, sink.uri)
     (run / "tracking" / "cursor.json").write_text(
         json.dumps({"uri": sink.uri, "run_id": "a" * 32, "offsets": {}, "steps": {}, "artifacts": []})
     )
-    assert call("mlflow", "sync", str(run)) == 2
+    assert fovea("mlflow", "sync", str(run)) == 2
     assert "the MLflow server http://127.0.0.1" in capsys.readouterr().err
-    assert call("mlflow", "sync", "--all") == 2
+    assert fovea("mlflow", "sync", "--all") == 2
     assert "skipped" in capsys.readouterr().out
     messages: list[str] = []
     reporter = EvalReporter.of_run(run, RunDirectory(run).settings(), None, log=messages.append)
@@ -105,7 +99,7 @@ def test_a_server_that_only_the_run_names_is_never_contacted(run: Path, sink: Si
 def test_a_server_that_only_an_evaluation_of_the_run_names_is_never_contacted(run: Path, sink: Sink) -> None:
     EvalDestination(sink.uri, "fovea", "eval").begin(run / "tracking" / "eval-1").close()
     Journal(run / "tracking" / "eval-1" / "journal-0000.jsonl").metrics(1, {"eval/knn": 0.5})
-    assert call("mlflow", "sync", str(run)) == 2
+    assert fovea("mlflow", "sync", str(run)) == 2
     assert sink.asked == []
 
 
@@ -119,7 +113,7 @@ def test_the_users_own_server_is_asked_with_credentials(
     elif how == "trained":
         remember(sink.uri)
     words = ["--uri", sink.uri] if how == "named" else []
-    assert call("mlflow", "sync", str(run), *words) != 0, "the sink accepts nothing"
+    assert fovea("mlflow", "sync", str(run), *words) != 0, "the sink accepts nothing"
     assert any("CANARY" in line for line in sink.asked)
     assert capsys.readouterr().out.startswith(f"theirs: sending to {sink.uri}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -24,9 +25,9 @@ def random_batch(views: Sequence[ViewSpec], samples: int, text: TextSpec | None,
     draw = torch.Generator().manual_seed(seed)
     images, masks, boxes = {}, {}, {}
     for view in views:
-        images[view.name] = [torch.randn(samples, 3, view.size, view.size, generator=draw) for _ in range(view.count)]
+        images[view.name] = [torch.randn(samples, 3, *view.shape, generator=draw) for _ in range(view.count)]
         if view.mask is not None:
-            rows, patches = samples * view.count, (view.size // view.mask.patch) ** 2
+            rows, patches = samples * view.count, math.prod(view.grid(view.mask.patch))
             grid = torch.zeros(rows, patches, dtype=torch.bool)
             hidden = max(int(patches * sum(view.mask.ratio) / 2), 1)
             for row in range(0, rows, 2):  # half of the rows are masked
@@ -34,7 +35,7 @@ def random_batch(views: Sequence[ViewSpec], samples: int, text: TextSpec | None,
             weight = (1.0 / grid.sum(1, keepdim=True).clamp(min=1)).expand(grid.shape)[grid]
             masks[view.name] = Masks(grid, grid.flatten().nonzero().flatten(), weight)
         if view.boxes:
-            corners = [torch.tensor([[0.0, 0.0, view.size, view.size]] * samples) for _ in range(view.count)]
+            corners = [torch.tensor([[0.0, 0.0, *view.shape]] * samples) for _ in range(view.count)]
             boxes[view.name] = Boxes(corners, [torch.zeros(samples, dtype=torch.bool) for _ in range(view.count)])
     tokens = None
     if text is not None:

@@ -33,6 +33,10 @@ class Interval:
         """As text, such as ``48.3 ± 1.1 %``, of fractions."""
         return f"{100 * self.mean:.1f} %" if self.half is None else f"{100 * self.mean:.1f} ± {100 * self.half:.1f} %"
 
+    def times(self) -> str:
+        """As text, such as ``1.05 ± 0.02``, of ratios."""
+        return f"{self.mean:.2f}" if self.half is None else f"{self.mean:.2f} ± {self.half:.2f}"
+
 
 def quantile(degrees: int) -> float:
     """The 97.5 % quantile of Student's t distribution; that of 30 degrees of freedom for more, which is slightly too large."""

@@ -8,7 +8,7 @@ Therefore contrast is computed arithmetically around the image's mean gray, and 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,12 +16,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from nvidia.dali import fn, math, pipeline_def, tensors, types
 
+from pipeline.config.sizes import height_width
 from pipeline.data.augment.hue import turn_hues
-from pipeline.data.augment.operators import OPERATORS
 from pipeline.data.augment.plan import ViewPlan
-from pipeline.data.augment.views import Normalize, ViewSpec
+from pipeline.data.augment.view_groups import Group, groups_of, noise_of
+from pipeline.data.augment.views import ChannelSpec, ViewSpec
 
 Hue = Literal["hsv", "yiq", "off"]
 
@@ -43,7 +45,12 @@ def _turn_hue(image: Any, turns: Any) -> Any:
     For a GPU: on a CPU the same arithmetic is faster in :mod:`pipeline.data.augment.hue`.
     """
     x = fn.cast(image, dtype=types.FLOAT) * np.float32(1 / 255)
-    r, g, b = x[:, :, 0:1], x[:, :, 1:2], x[:, :, 2:3]
+    channels = _turned(x[:, :, 0:1], x[:, :, 1:2], x[:, :, 2:3], turns)
+    return _byte(fn.cat(*channels, axis=2) * np.float32(255))
+
+
+def _turned(r: Any, g: Any, b: Any, turns: Any) -> list[Any]:
+    """The three channels, from 0 to 1, with their hue rotated."""
     value = math.max(r, math.max(g, b))
     chroma = value - math.min(r, math.min(g, b))
     divisor = math.max(chroma, np.float32(1e-8))
@@ -57,8 +64,7 @@ def _turn_hue(image: Any, turns: Any) -> Any:
         + turns * np.float32(6)
     )
 
-    channels = [_hue_channel(sixths, value, chroma, offset) for offset in (5.0, 3.0, 1.0)]
-    return _byte(fn.cat(*channels, axis=2) * np.float32(255))
+    return [_hue_channel(sixths, value, chroma, offset) for offset in (5.0, 3.0, 1.0)]
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,11 @@ class _Inputs:
         """An array of the plan as input of the graph: one number per sample, or with ``ndim=1`` a vector."""
         self.read.append(name)
         return fn.external_source(name=name, ndim=ndim, dtype=dtype, batch=True)
+
+    def vector(self, name: str) -> Any:
+        """An array of the plan with one number per channel of a sample, where the images are."""
+        vector = self.array(name, types.FLOAT, ndim=1)
+        return vector.gpu() if self.device == "gpu" else vector
 
 
 def _luma(image: Any) -> Any:
@@ -134,6 +145,111 @@ def _solarize(x: Any, inputs: _Inputs, *, solarize_threshold: int) -> Any:
     return x
 
 
+def _clamped(x: Any, channels: ChannelSpec) -> Any:
+    """Values within the range of an integer type; float32 has no range."""
+    if channels.dtype == "float32":
+        return x
+    return math.min(math.max(x, np.float32(0)), np.float32(channels.full_range))
+
+
+def _rgb(x: Any, channels: ChannelSpec, function: Callable[[Any, Any, Any], Sequence[Any]]) -> Any:
+    """Replaces the red, green and blue channel, and leaves the others as they are."""
+    if channels.rgb is None:
+        return x
+    parts = [x[:, :, c : c + 1] for c in range(channels.count)]
+    changed = function(*(parts[c] for c in channels.rgb))
+    replaced = {channels.rgb[number]: changed[number] for number in range(3)}
+    return fn.cat(*[replaced.get(c, parts[c]) for c in range(channels.count)], axis=2)
+
+
+def _weighted(r: Any, g: Any, b: Any) -> Any:
+    return r * np.float32(0.299) + g * np.float32(0.587) + b * np.float32(0.114)
+
+
+def _channel_jitter(x: Any, inputs: _Inputs, channels: ChannelSpec) -> Any:
+    brightness, contrast = inputs.vector("group_brightness"), inputs.vector("group_contrast")
+    jittered = inputs.array("jitter", types.BOOL)
+    colour = channels.rgb is not None
+    # Their scalars, read on the CPU, may be factors of values on a GPU.
+    saturation: Any = inputs.array("saturation", types.FLOAT) if colour else None
+    turns: Any = inputs.array("hue", types.FLOAT) if colour and inputs.hue != "off" else None
+    full = np.float32(channels.full_range)
+
+    def saturated(r: Any, g: Any, b: Any) -> list[Any]:
+        gray = _weighted(r, g, b)
+        return [_clamped(gray + (one - gray) * saturation, channels) for one in (r, g, b)]
+
+    def turned(r: Any, g: Any, b: Any) -> list[Any]:
+        return [one * full for one in _turned(r / full, g / full, b / full, turns)]
+
+    if jittered:
+        x = _clamped(x * brightness, channels)
+        mean = fn.reductions.mean(x, axes=[0, 1], keep_dims=True)
+        x = _clamped(mean + (x - mean) * contrast, channels)
+        if colour:
+            x = _rgb(x, channels, saturated)
+        if turns is not None:
+            x = _rgb(x, channels, turned)
+    return x
+
+
+def _channel_gray(x: Any, inputs: _Inputs, channels: ChannelSpec) -> Any:
+    if channels.rgb is None:
+        return x
+    grayed = inputs.array("gray", types.BOOL)
+    if grayed:
+        x = _rgb(x, channels, lambda r, g, b: [_weighted(r, g, b)] * 3)
+    return x
+
+
+def _channel_blur(x: Any, inputs: _Inputs, channels: ChannelSpec, *, blur_kernel: int | str) -> Any:
+    return _blur(x, inputs, blur_kernel=blur_kernel)
+
+
+def _channel_solarize(x: Any, inputs: _Inputs, channels: ChannelSpec, *, solarize_threshold: int) -> Any:
+    if channels.rgb is None or channels.dtype == "float32":
+        return x
+    solarized = inputs.array("solarize", types.BOOL)
+    full = np.float32(channels.full_range)
+    threshold = np.float32(channels.full_range * solarize_threshold / 255)
+
+    def inverted(*three: Any) -> list[Any]:
+        return [one + (full - one - one) * fn.cast(one >= threshold, dtype=types.FLOAT) for one in three]
+
+    if solarized:
+        x = _rgb(x, channels, inverted)
+    return x
+
+
+def _channel_gain(x: Any, inputs: _Inputs, mean: Any, std: Any) -> Any:
+    return mean + (x - mean) * inputs.vector("gain") + std * inputs.vector("offset")
+
+
+def _channel_noise(x: Any, inputs: _Inputs, mean: Any, std: Any) -> Any:
+    noise = inputs.array(NOISE, types.FLOAT, ndim=3)
+    return x + (noise.gpu() if inputs.device == "gpu" else noise) * std
+
+
+def _channel_dropout(x: Any, inputs: _Inputs, mean: Any, std: Any) -> Any:
+    return mean + (x - mean) * inputs.vector("channel_kept")
+
+
+NOISE = "noise"
+"""Name of the input that holds the noise of each sample, which :func:`noise_of` makes from its seed."""
+_CHANNEL_COLOURS: dict[str, Callable[..., Any]] = {
+    "jitter": _channel_jitter,
+    "gray": _channel_gray,
+    "blur": _channel_blur,
+    "solarize": _channel_solarize,
+}
+"""What takes the place of :data:`_FUNCTIONS` for declared channels: float32 ``[h, w, channels]`` in and out, values as stored."""
+_CHANNEL_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "gain": _channel_gain,
+    "noise": _channel_noise,
+    "dropout": _channel_dropout,
+}
+"""What follows: the same, with mean and standard deviation of each channel."""
+
 _FUNCTIONS: dict[str, Callable[..., Any]] = {"jitter": _jitter, "gray": _gray, "blur": _blur, "solarize": _solarize}
 """Each operator's function: images and :class:`_Inputs` in, its constants by name; images out, uint8 ``[h, w, 3]``.
 
@@ -141,56 +257,23 @@ Inputs must be read outside a condition on samples: inside, DALI knows only thos
 """
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Views that one graph processes as one long batch, view after view; they differ only in their plans.
-
-    Attributes:
-        views: their positions in the plan.
-        size, normalize, interpolation: as in :class:`ViewSpec`.
-        operators: names and constants of the operators that at least one of the views uses.
-    """
-
-    views: tuple[int, ...]
-    size: int
-    normalize: Normalize
-    interpolation: str
-    operators: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
-
-
-def _groups(specs: tuple[ViewSpec, ...]) -> list[_Group]:
-    """Groups views by what the graph must be built for."""
-    views = [(spec, spec.augment[v % len(spec.augment)]) for spec in specs for v in range(spec.count)]
-    members_by_kind: dict[Any, list[int]] = {}
-    for index, (spec, augment) in enumerate(views):
-        constants = tuple(getattr(augment, name) for operator in OPERATORS for name in operator.constants)
-        members_by_kind.setdefault((spec.size, spec.normalize, spec.interpolation, constants), []).append(index)
-    groups = []
-    for (size, normalize, interpolation, _), members in members_by_kind.items():
-        augments = [views[index][1] for index in members]
-        operators = tuple(
-            (operator.name, tuple((name, getattr(augments[0], name)) for name in operator.constants))
-            for operator in OPERATORS
-            if any(operator.used(augment) for augment in augments)
-        )
-        groups.append(_Group(tuple(members), size, normalize, interpolation, operators))
-    return groups
-
-
-@pipeline_def(enable_conditionals=True)
-def _graph(group: _Group, inputs: _Inputs) -> Any:
+def _cut(group: Group, inputs: _Inputs, dtype: Any) -> Any:
+    """The crops of the images, resized to the size of the views."""
     # Each image is fed once for each of its views, always the same bytes: they must not be copied.
-    images = fn.external_source(
-        name="images", device=inputs.device, layout="HWC", ndim=3, dtype=types.UINT8, batch=True, no_copy=True
-    )
-    x = fn.resize(
+    images = fn.external_source(name="images", device=inputs.device, layout="HWC", ndim=3, dtype=dtype, batch=True, no_copy=True)
+    return fn.resize(
         images,
         roi_start=inputs.array("start", types.FLOAT, ndim=1),
         roi_end=inputs.array("end", types.FLOAT, ndim=1),
-        size=[group.size, group.size],
+        size=list(height_width(group.size)),
         interp_type=types.INTERP_CUBIC if group.interpolation == "bicubic" else types.INTERP_LINEAR,
         antialias=True,
     )
+
+
+@pipeline_def(enable_conditionals=True)
+def _graph(group: Group, inputs: _Inputs) -> Any:
+    x = _cut(group, inputs, types.UINT8)
     for name, constants in group.operators:
         x = _FUNCTIONS[name](x, inputs, **dict(constants))
     return fn.crop_mirror_normalize(
@@ -200,6 +283,24 @@ def _graph(group: _Group, inputs: _Inputs) -> Any:
         mean=[255 * m for m in group.normalize.mean],
         std=[255 * s for s in group.normalize.std],
         mirror=inputs.array("flip", types.INT32),
+    )
+
+
+@pipeline_def(enable_conditionals=True)
+def _channel_graph(group: Group, channels: ChannelSpec, inputs: _Inputs) -> Any:
+    """The graph for images of declared channels: values as stored, in float32, up to the normalization at its end."""
+    x = _cut(group, inputs, types.FLOAT)
+    x = _clamped(x, channels)  # cubic interpolation leaves the range of the values
+    for name, constants in group.operators:
+        x = _CHANNEL_COLOURS[name](x, inputs, channels, **dict(constants))
+    full = channels.full_range
+    mean, std = ([full * value for value in values] for values in (group.normalize.mean, group.normalize.std))
+    centre, width = (types.Constant(np.array(values, np.float32), device=inputs.device) for values in (mean, std))
+    for name in group.channel_operators:
+        if name in _CHANNEL_FUNCTIONS:
+            x = _CHANNEL_FUNCTIONS[name](x, inputs, centre, width)
+    return fn.crop_mirror_normalize(
+        x, dtype=types.FLOAT, output_layout="CHW", mean=mean, std=std, mirror=inputs.array("flip", types.INT32)
     )
 
 
@@ -219,7 +320,7 @@ class Augmenter:
     def __init__(
         self, *sets: tuple[ViewSpec, ...], batch_size: int, threads: int = 1, device_id: int | None = None, hue: Hue = "hsv"
     ) -> None:
-        self._sets = {specs: _groups(specs) for specs in sets}
+        self._sets = {specs: groups_of(specs) for specs in sets}
         self._device_id = device_id
         # Of earlier runs: an event, and what is read until then.
         self._in_use: deque[tuple[torch.cuda.Event | None, Any]] = deque()
@@ -229,20 +330,20 @@ class Augmenter:
         }
 
     @staticmethod
-    def _build(group: _Group, batch_size: int, threads: int, device_id: int | None, hue: str) -> tuple[Any, list[str]]:
+    def _build(group: Group, batch_size: int, threads: int, device_id: int | None, hue: str) -> tuple[Any, list[str]]:
         """Builds the graph of a group; returns it with the names of the plan arrays that it reads."""
         pool = ThreadPoolExecutor(threads, "fovea-hue") if hue == "hsv" and device_id is None and threads > 1 else None
         inputs = _Inputs(hue, "cpu" if device_id is None else "gpu", read=[], pool=pool)
-        pipeline = _graph(
-            group,
-            inputs,
-            batch_size=batch_size,
-            num_threads=threads,
-            device_id=device_id,
-            prefetch_queue_depth=1,
-            exec_dynamic=True,
-            seed=0,
-        )
+        options: dict[str, Any] = {
+            "batch_size": batch_size,
+            "num_threads": threads,
+            "device_id": device_id,
+            "prefetch_queue_depth": 1,
+            "exec_dynamic": True,
+            "seed": 0,
+        }
+        channels = group.channels
+        pipeline = _graph(group, inputs, **options) if channels is None else _channel_graph(group, channels, inputs, **options)
         pipeline.build()
         return pipeline, inputs.read
 
@@ -252,12 +353,13 @@ class Augmenter:
         """Computes the views; on a GPU for the calling thread's current stream, on which the images were decoded.
 
         Args:
-            images: decoded images, uint8 ``[height, width, 3]`` each, of any sizes.
+            images: decoded images, uint8 ``[height, width, 3]`` each, of any sizes; of views with declared channels float32
+                ``[height, width, channels]``, values as stored.
             plan: one :class:`ViewPlan` per view, in the order of the specs.
             specs: which of the sets; by default the first.
 
         Returns:
-            For each spec's name its views, float32 ``[batch, 3, size, size]``, normalized as the spec says.
+            For each spec's name its views, float32 ``[batch, channels, height, width]``, normalized as the spec says.
         """
         specs = next(iter(self._sets)) if specs is None else specs
         pipelines = [(group, *self._pipelines[group]) for group in self._sets[specs]]
@@ -275,7 +377,7 @@ class Augmenter:
         for group, pipeline, names in pipelines:
             pipeline.feed_input("images", fed * len(group.views), **options)
             for name in names:
-                pipeline.feed_input(name, np.concatenate([arrays[view][name] for view in group.views]))
+                pipeline.feed_input(name, self._fed(group, name, arrays))
             pipeline.schedule_run()
         made: dict[int, torch.Tensor] = {}
         read: list[Any] = [fed]
@@ -290,6 +392,15 @@ class Augmenter:
         self._hold(stream, read)
         numbers = iter(range(len(plan)))
         return {spec.name: [made[next(numbers)] for _ in range(spec.count)] for spec in specs}
+
+    @staticmethod
+    def _fed(group: Group, name: str, arrays: list[dict[str, NDArray[Any]]]) -> Any:
+        """An input of a graph, for all of its views one after the other."""
+        if name == NOISE and group.channels is not None:
+            shape = (*height_width(group.size), group.channels.count)
+            views = [arrays[view] for view in group.views]
+            return [one for view in views for one in noise_of(view["noise_sigma"], view["noise_seed"], shape)]
+        return np.ascontiguousarray(np.concatenate([arrays[view][name] for view in group.views]))
 
     def _hold(self, stream: torch.cuda.Stream | None, read: list[Any]) -> None:
         """Holds what a run reads, images and buffers of the pipelines, until its copies on the stream have ended.

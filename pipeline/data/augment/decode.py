@@ -1,4 +1,4 @@
-"""Decodes images to RGB; an image that cannot be decoded is returned as ``None`` instead of raising.
+"""Decodes images, to RGB or to declared channels; one that cannot be decoded is returned as ``None`` instead of raising.
 
 A decode error inside a DALI pipeline makes the pipeline unusable, so decoding happens before it, with nvImageCodec, the decoder
 that DALI uses. It releases the GIL and runs on CPU and GPU. It is used for JPEG, PNG and WebP only: a damaged JPEG 2000 crashes
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,9 @@ from numpy.typing import NDArray
 from nvidia import nvimgcodec
 
 from pipeline.data.augment.pillow import by_pillow
+from pipeline.data.formats import read
+from pipeline.data.formats.channels import Channels
+from pipeline.data.index.fields import Fields
 from pipeline.data.index.image_header import sniff
 
 _WEBP_EXIF = 0x08
@@ -82,6 +86,67 @@ class Decoder:
             return pixels
         # From pinned memory, which torch reuses only after the copy: a copy from pageable memory would block.
         return torch.tensor(pixels).pin_memory().to(torch.device("cuda", self._device_id), non_blocking=True)
+
+
+class ChannelDecoder:
+    """Decodes images of declared channels on the CPU; the interface of :class:`Decoder`.
+
+    Args:
+        channels: what every image must have.
+        threads: CPU threads.
+        device_id: a CUDA device on which images are placed, or ``None``.
+        max_pixels: as for :func:`pipeline.data.formats.read.inspect`.
+    """
+
+    def __init__(
+        self, channels: Channels, *, threads: int = 1, device_id: int | None = None, max_pixels: int = 50_000_000
+    ) -> None:
+        self._channels, self._device_id, self._max_pixels = channels, device_id, max_pixels
+        self._pool = ThreadPoolExecutor(threads, "fovea-decode") if threads > 1 else None
+
+    def decode(self, encoded: list[bytes]) -> list[Any]:
+        """Decodes a batch.
+
+        Args:
+            encoded: the files' bytes, see :func:`pipeline.data.formats.read.decode`.
+
+        Returns:
+            One float32 ``[height, width, channels]`` array (or tensor on the device) each, with the values as stored, which are
+            exact in it; ``None`` where decoding failed or the image differs from the declaration.
+        """
+        images = list(self._pool.map(self._one, encoded)) if self._pool is not None else [self._one(data) for data in encoded]
+        return [None if image is None else self._placed(image) for image in images]
+
+    def blank(self, side: int) -> Any:
+        """Returns a uniform image, the middle of the full range for integers and zero for float32."""
+        value = 0.0 if self._channels.dtype == "float32" else np.ceil(self._channels.full_range / 2)
+        return self._placed(np.full((side, side, self._channels.count), value, dtype=np.float32))
+
+    def _one(self, data: bytes) -> NDArray[np.float32] | None:
+        values = read.decode(data, self._channels, max_pixels=self._max_pixels) if data else None
+        return None if values is None else values.astype(np.float32, copy=False)
+
+    def _placed(self, pixels: NDArray[np.float32]) -> Any:
+        if self._device_id is None:
+            return pixels
+        return torch.tensor(pixels).pin_memory().to(torch.device("cuda", self._device_id), non_blocking=True)
+
+
+def decoder_of(fields: Fields, *, threads: int = 1, device_id: int | None = None) -> Decoder | ChannelDecoder:
+    """Returns the decoder of a data set's images.
+
+    Args:
+        fields: the rules that it was indexed by.
+        threads: CPU threads.
+        device_id: a CUDA device, or ``None``.
+
+    Raises:
+        ConfigError: a library for images of declared channels is not installed.
+    """
+    if fields.channels is None:
+        return Decoder(threads=threads, device_id=device_id)
+    read.check_libraries()
+    return ChannelDecoder(fields.channels, threads=threads, device_id=device_id, max_pixels=fields.max_pixels)
 
 
 def _pillows(data: bytes) -> str | None:

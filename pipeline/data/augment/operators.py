@@ -13,6 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.channel_settings import MAX_CHANNELS
+
 
 @dataclass(frozen=True)
 class Augment:
@@ -30,6 +32,12 @@ class Augment:
         blur_probability: probability of a Gaussian blur, sigma uniform in ``blur_sigma`` pixels.
         blur_kernel: width of the blur kernel in pixels, odd; ``auto`` grows it with sigma, which approximates Pillow's blur by
             radius (DINO, SLIP, DetailCLIP).
+        gain: half the range of a factor of each channel, of its normalized values.
+        offset: maximum of a shift of each channel up or down, in standard deviations.
+        noise: maximum standard deviation of Gaussian noise, in standard deviations of each channel.
+        channel_dropout: probability that a channel is replaced by its mean.
+        groups: number of the group of each channel, for images of declared channels: each group has its own brightness and
+            contrast factors. Empty for RGB, which has one of each.
         solarize_probability: probability that values of ``solarize_threshold`` (0..255) and above are inverted.
     """
 
@@ -45,6 +53,11 @@ class Augment:
     blur_kernel: int | Literal["auto"] = 9
     solarize_probability: float = 0.0
     solarize_threshold: int = 128
+    gain: float = 0.0
+    offset: float = 0.0
+    noise: float = 0.0
+    channel_dropout: float = 0.0
+    groups: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,7 @@ class Operator:
         name: key of the operator's function in :mod:`pipeline.data.augment.dali`.
         draws: which of a sample's uniform numbers it reads. They are part of every run's data: a row keeps its own for ever, and
             a new row takes the next free ones, wherever it stands in the table.
-        plan: makes the operator's plan arrays, ``[n]`` each, from its draws ``[k, n]``.
+        plan: makes the operator's plan arrays, ``[n]`` each (or ``[n, channels]``), from its draws ``[k, n]``.
         condition: which of these arrays is nonzero where the operator is applied.
         used: whether a view applies it to any sample; if not, ``condition`` is 0 for all.
         constants: fields of :class:`Augment` for which the graph is built; they must be the same for all samples of a view.
@@ -89,6 +102,42 @@ def _blur(draws: NDArray[np.float64], augment: Augment) -> dict[str, NDArray[Any
     return {"sigma": np.where(draws[0] < augment.blur_probability, low + (high - low) * draws[1], 0.0).astype(np.float32)}
 
 
+def _group_jitter(draws: NDArray[np.float64], augment: Augment) -> dict[str, NDArray[Any]]:
+    """One brightness and one contrast factor for each group of channels, ``[n, channels]``."""
+    of = np.array(augment.groups, dtype=np.int64)
+    by_sample = np.ascontiguousarray(draws.T)
+    return {
+        "group_brightness": _factor(by_sample[:, 2 * of], augment.brightness),
+        "group_contrast": _factor(by_sample[:, 2 * of + 1], augment.contrast),
+    }
+
+
+def _per_channel(draws: NDArray[np.float64], augment: Augment) -> NDArray[np.float64]:
+    return np.ascontiguousarray(draws[: len(augment.groups)].T)
+
+
+def _gain_offset(draws: NDArray[np.float64], augment: Augment) -> dict[str, NDArray[Any]]:
+    low, high = draws[:MAX_CHANNELS], draws[MAX_CHANNELS:]
+    return {
+        "gain": _factor(_per_channel(low, augment), augment.gain),
+        "offset": ((2 * _per_channel(high, augment) - 1) * augment.offset).astype(np.float32),
+    }
+
+
+def _noise(draws: NDArray[np.float64], augment: Augment) -> dict[str, NDArray[Any]]:
+    return {
+        "noise_sigma": (draws[0] * augment.noise).astype(np.float32),
+        "noise_seed": (draws[1] * 2.0**32).astype(np.uint32),
+    }
+
+
+def _dropout(draws: NDArray[np.float64], augment: Augment) -> dict[str, NDArray[Any]]:
+    kept = _per_channel(draws, augment) >= augment.channel_dropout
+    # An image without any channel says nothing: then the one with the largest draw stays.
+    last = np.arange(kept.shape[1])[None] == np.argmax(_per_channel(draws, augment), axis=1)[:, None]
+    return {"channel_kept": (kept | last).astype(np.float32)}
+
+
 OPERATORS: tuple[Operator, ...] = (
     Operator("jitter", range(1, 6), _jitter, condition="jitter", used=lambda a: a.jitter_probability > 0),
     Operator(
@@ -116,3 +165,37 @@ OPERATORS: tuple[Operator, ...] = (
     ),
 )
 """All operators in the order in which they are applied. Draw 0 is the flip's."""
+
+CHANNEL_OPERATORS: tuple[Operator, ...] = (
+    Operator(
+        "group_jitter",
+        range(10, 10 + 2 * MAX_CHANNELS),
+        _group_jitter,
+        condition="jitter",
+        used=lambda a: bool(a.groups) and a.jitter_probability > 0,
+    ),
+    Operator(
+        "gain",
+        range(42, 42 + 2 * MAX_CHANNELS),
+        _gain_offset,
+        condition="gain",
+        used=lambda a: bool(a.groups) and (a.gain > 0 or a.offset > 0),
+    ),
+    Operator(
+        "noise",
+        range(74, 76),
+        _noise,
+        condition="noise_sigma",
+        used=lambda a: bool(a.groups) and a.noise > 0,
+    ),
+    Operator(
+        "dropout",
+        range(76, 76 + MAX_CHANNELS),
+        _dropout,
+        condition="channel_kept",
+        used=lambda a: bool(a.groups) and a.channel_dropout > 0,
+    ),
+)
+"""Operators for images of declared channels alone, planned only where they are used. The first takes the place of the brightness
+and contrast of ``jitter``; the others follow after all of :data:`OPERATORS`, and act in standard deviations of a channel.
+"""

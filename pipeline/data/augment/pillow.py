@@ -46,13 +46,13 @@ def by_pillow(data: bytes, kind: str) -> NDArray[np.uint8]:
     """
     with open_header(data, kind) as image:
         image.load()
+        turn = _TURNS.get(orientation(image))
         if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion clips
-            values = np.asarray(image)
+            values = np.asarray(image if turn is None else image.transpose(turn))
             gray = np.empty(values.shape, dtype=np.uint8)
             for row in range(0, len(values), _ROWS):  # wider integers for the whole image would need a multiple of its memory
                 part = values[row : row + _ROWS].astype(np.int32)
                 gray[row : row + _ROWS] = ((part + 128) // 257).clip(0, 255)
             return np.repeat(gray[:, :, None], 3, axis=2)
-        turn = _TURNS.get(orientation(image))
         upright = image if turn is None else image.transpose(turn)
         return np.asarray(upright.convert("RGB"))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.augment.operators import OPERATORS, Augment
+from pipeline.data.augment.operators import CHANNEL_OPERATORS, OPERATORS, Augment
 from pipeline.data.augment.views import ViewSet, ViewSpec
 from pipeline.data.order.random import uniforms
 
@@ -32,7 +32,9 @@ class ViewPlan:
         start, end: float32 ``[n, 2]``, the box as (y, x), pixels of the decoded image.
         flip: int32 ``[n]``.
         values: the operators' arrays by name, ``[n]`` each. jitter: bool; brightness, contrast, saturation: float32 factors;
-            hue: float32 turns; gray, solarize: bool; sigma: float32 pixels, 0 where the crop is not blurred.
+            hue: float32 turns; gray, solarize: bool; sigma: float32 pixels, 0 where the crop is not blurred. Of images with
+            declared channels, as far as they are used: group_brightness, group_contrast, gain, offset and channel_kept (0 or 1),
+            float32 ``[n, channels]``; noise_sigma: float32, noise_seed: uint32.
     """
 
     start: NDArray[np.float32]
@@ -61,6 +63,9 @@ def random_boxes(
 ) -> NDArray[np.int64]:
     """Draws random resized crops: ten attempts, then the centre, as torchvision's RandomResizedCrop.
 
+    An image so elongated that none of ten crops fits is cropped in its middle, over its whole shorter side, to the allowed aspect
+    ratio that is nearest to its own; ``scale`` is then not kept. No crop has a side of less than one pixel.
+
     Args:
         draws: ``[n, 22]`` uniforms: ten areas, ten log-ratios, two positions.
         sizes: ``[n, 2]`` heights and widths of the images, pixels.
@@ -85,19 +90,42 @@ def random_boxes(
     none = ~fits.any(axis=1)
     if none.any():
         ratio_of_image = width / height
-        fall_w = np.where(ratio_of_image > ratio[1], np.rint(height * ratio[1]), width)
-        fall_h = np.where(ratio_of_image < ratio[0], np.rint(width / ratio[0]), height)
+        fall_w = np.where(ratio_of_image > ratio[1], np.maximum(np.rint(height * ratio[1]), 1), width)
+        fall_h = np.where(ratio_of_image < ratio[0], np.maximum(np.rint(width / ratio[0]), 1), height)
         crop_h, crop_w = np.where(none, fall_h, crop_h), np.where(none, fall_w, crop_w)
         top = np.where(none, np.floor((height - crop_h) / 2), top)
         left = np.where(none, np.floor((width - crop_w) / 2), left)
     return np.stack([top, left, crop_h, crop_w], axis=1).astype(np.int64)
 
 
-def _square_boxes(sizes: NDArray[np.int64], share: float, position: float) -> NDArray[np.float32]:
-    side = sizes.min(axis=1) * share
-    slack = sizes - side[:, None]
-    start = np.where(sizes > sizes.min(axis=1, keepdims=True), slack * position, slack / 2)
-    return np.stack([start[:, 0], start[:, 1], side, side], axis=1).astype(np.float32)
+def _ratio(spec: ViewSpec) -> tuple[float, float]:
+    """Minimum and maximum width/height of a view's crops: those of the settings are relative to the view's own."""
+    height, width = spec.shape
+    low, high = spec.crop_ratio
+    return (low, high) if height == width else (low * width / height, high * width / height)
+
+
+def centred_boxes(sizes: NDArray[np.int64], shape: tuple[int, int], share: float, position: float) -> NDArray[np.float32]:
+    """Boxes of evaluation views: the largest with the view's aspect ratio, shrunk to a share of its sides.
+
+    Args:
+        sizes: ``[n, 2]`` heights and widths of the images, pixels.
+        shape: height and width of the view.
+        share: sides of the box as a fraction of the largest box's.
+        position: along the side that the largest box does not fill, 0 to 1; along the other one, the box is in the middle.
+
+    Returns:
+        ``[n, 4]`` float32: top, left, height, width.
+    """
+    height, width = sizes[:, 0].astype(np.float64), sizes[:, 1].astype(np.float64)
+    wide = width * shape[0] > height * shape[1]  # wider than the view
+    largest = np.stack(
+        [np.where(wide, height, width * shape[0] / shape[1]), np.where(wide, height * shape[1] / shape[0], width)], axis=1
+    )
+    box = largest * share
+    slack = sizes - box
+    start = np.where(sizes > largest, slack * position, slack / 2)
+    return np.concatenate([start, box], axis=1).astype(np.float32)
 
 
 def plan_view(
@@ -122,15 +150,16 @@ def plan_view(
         seed: the run's seed.
     """
     augment: Augment = spec.augment[view % len(spec.augment)]
-    count = max(operator.draws.stop for operator in OPERATORS)
+    operators = [*OPERATORS, *(operator for operator in CHANNEL_OPERATORS if operator.used(augment))]
+    count = max(operator.draws.stop for operator in operators)
     draws = uniforms(ids, _BOX_DRAWS + count, seed, stream, epochs=epochs)
     if spec.crop_scale is None:
-        box = _square_boxes(sizes, spec.centre, spec.position)
+        box = centred_boxes(sizes, spec.shape, spec.centre, spec.position)
     else:
-        box = random_boxes(draws[:, :_BOX_DRAWS], sizes, spec.crop_scale, spec.crop_ratio).astype(np.float32)
+        box = random_boxes(draws[:, :_BOX_DRAWS], sizes, spec.crop_scale, _ratio(spec)).astype(np.float32)
     colour = draws[:, _BOX_DRAWS:].T
     values: dict[str, NDArray[Any]] = {}
-    for operator in OPERATORS:
+    for operator in operators:
         values |= operator.plan(colour[operator.draws.start : operator.draws.stop], augment)
     return ViewPlan(
         start=box[:, :2].copy(),

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from pipeline.config.types import Probability, Settings, ShareRange
+from pipeline.config.types import ImageSize, NonNegative, Probability, Settings, ShareRange
 
 
 def _one_or_more(value: object) -> object:
@@ -28,9 +28,11 @@ GLOBAL_VIEWS = 2
 
 
 class ViewSettings(Settings):
-    """Global views of an image: random crops, resized to squares."""
+    """Global views of an image: random crops, resized to one size."""
 
-    global_size: int = Field(default=224, ge=8, le=4096, description="side of a global crop in pixels")
+    global_size: ImageSize = Field(
+        default=224, description="side of a global crop in pixels, or [height, width]; its aspect ratio is that of the crops"
+    )
     global_scale: ShareRange = Field(
         default=(0.32, 1.0), description="smallest and largest fraction of the image's area in a global crop"
     )
@@ -45,14 +47,16 @@ class MultiCropSettings(ViewSettings):
     """Two global views and several small local ones."""
 
     local_count: int = Field(default=8, ge=0, le=64, description="local crops per sample")
-    local_size: int = Field(default=98, ge=8, le=4096, description="side of a local crop in pixels")
+    local_size: ImageSize = Field(default=98, description="side of a local crop in pixels, or [height, width]")
     local_scale: ShareRange = Field(
         default=(0.05, 0.32), description="smallest and largest fraction of the image's area in a local crop"
     )
 
 
 class AugmentSettings(Settings):
-    """Augmentation of a crop, in this order: flip, colour jitter, grayscale, blur, solarization, normalization."""
+    """Augmentation of a crop, in this order: flip, colour jitter, grayscale, blur, solarization, normalization; then, for images
+    of declared channels (``data.channels``), gain and offset, noise, channel dropout.
+    """
 
     flip_probability: Probability = Field(default=0.5, description="probability of a horizontal flip")
     jitter_probability: Probability = Field(default=0.8, description="probability of colour jitter")
@@ -74,7 +78,26 @@ class AugmentSettings(Settings):
         default=(0.0, 0.2),
         description="probability of solarization (inverting bright pixels): one for all global views, or one for each of the two",
     )
+    gain: Probability = Field(
+        default=0.0, description="with data.channels: a factor of each channel's normalized values, drawn uniformly from 1 ± this"
+    )
+    offset: NonNegative = Field(
+        default=0.0,
+        description="with data.channels: a shift of each channel, drawn uniformly from ± this, in standard deviations",
+    )
+    noise: NonNegative = Field(
+        default=0.0,
+        description="with data.channels: Gaussian noise, whose standard deviation is drawn uniformly from 0 to this, in standard "
+        "deviations of a channel",
+    )
+    channel_dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="with data.channels: probability that a channel is replaced by its mean; one always stays",
+    )
     normalize: Literal["imagenet", "openai", "half", "none"] = Field(
         default="imagenet",
-        description="mean and standard deviation for normalization: ImageNet's, OpenAI's (CLIP), 0.5 and 0.5, or none (0 and 1)",
+        description="mean and standard deviation for normalization: ImageNet's, OpenAI's (CLIP), 0.5 and 0.5, or none (0 and 1); "
+        "with data.channels, its own mean and std are used instead",
     )

@@ -7,10 +7,13 @@ or depends on a method.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
+from pipeline.config.sizes import Size, grid_of, height_width
 from pipeline.data.augment.operators import Augment
+from pipeline.data.channel_settings import ChannelSettings
+from pipeline.data.formats.composite import default_shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,10 +26,59 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class Normalize:
-    """Mean and standard deviation of the red, green and blue channels, as fractions of full intensity."""
+    """Mean and standard deviation of each channel (red, green and blue, unless others are declared), as fractions of full
+    intensity; of float32 images in the channels' own units.
+    """
 
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+
+@dataclass(frozen=True)
+class ChannelSpec:
+    """Channels of images that are not 8-bit RGB.
+
+    Attributes:
+        names: of the channels, in order.
+        dtype: type of the stored values.
+        rgb: positions of the red, green and blue channel, if there are any.
+        groups: number of the group of each channel; a group shares its brightness and contrast factors.
+        composite: positions of the channels that are shown as red, green and blue (a single one as gray), or ``pca``.
+    """
+
+    names: tuple[str, ...]
+    dtype: str
+    rgb: tuple[int, int, int] | None = None
+    groups: tuple[int, ...] = ()
+    composite: tuple[int, ...] | Literal["pca"] = ()
+
+    @property
+    def count(self) -> int:
+        """Number of channels."""
+        return len(self.names)
+
+    @property
+    def full_range(self) -> float:
+        """The value that the normalization calls one."""
+        return {"uint8": 255.0, "uint16": 65535.0}.get(self.dtype, 1.0)
+
+
+def channel_spec(settings: ChannelSettings | None) -> ChannelSpec | None:
+    """The channels of ``data.channels``; ``None`` for 8-bit RGB."""
+    if settings is None:
+        return None
+    names = settings.labels
+    shown = settings.composite or settings.rgb or tuple(names[at] for at in default_shown(settings.count))
+    composite: tuple[int, ...] | Literal["pca"] = "pca"
+    if isinstance(shown, tuple):
+        composite = tuple(names.index(name) for name in shown)
+    return ChannelSpec(names, settings.dtype, settings.rgb_indices, settings.group_numbers, composite)
+
+
+def channel_normalize(settings: ChannelSettings) -> Normalize:
+    """The normalization of ``data.channels``: none, if it gives neither mean nor standard deviation."""
+    ones = (1.0,) * settings.count
+    return Normalize(settings.mean or (0.0,) * settings.count, settings.std or ones)
 
 
 @dataclass(frozen=True)
@@ -51,23 +103,25 @@ class ViewSpec:
     Attributes:
         name: ``global``, ``local``, ``image``…
         count: number of such views per sample.
-        size: side of the square view, pixels.
-        crop_scale: minimum and maximum fraction of the image's area; ``None`` means the evaluation view: a centred square.
-        centre: side of that square as a fraction of the image's shorter side (224 of 256 in most protocols).
-        position: position of that square along the longer side, from 0 (left or top) over the middle to 1.
-        crop_ratio: minimum and maximum width/height of the crop.
+        size: side of the square view, or height and width, pixels.
+        crop_scale: minimum and maximum fraction of the image's area; ``None`` means the evaluation view: the largest centred box
+            of the view's aspect ratio, for a square view a square.
+        centre: sides of that box as a fraction of the largest one's (224 of 256 in most protocols).
+        position: position of that box along the side that it does not fill, from 0 (left or top) over the middle to 1.
+        crop_ratio: minimum and maximum width/height of the crop, relative to that of the view.
         augment: one per view, cycled when there are fewer than ``count`` (asymmetric augmentations of BYOL and DINO).
         mask: block masks to draw for each view, if the method masks patches.
         normalize: mean and standard deviation; CLIP has its own.
         boxes: whether the batch includes the crop boxes.
         interpolation: bicubic, or bilinear as in the code of MoCo and SLIP; both antialiased.
+        channels: channels of the images; ``None`` for 8-bit RGB.
         same_as: name of an earlier spec whose crop boxes and flips these views share, given the same scale, ratio and flip
             probability; ``None`` for independent ones.
     """
 
     name: str
     count: int
-    size: int
+    size: Size
     crop_scale: tuple[float, float] | None
     augment: tuple[Augment, ...] = (Augment(flip_probability=0.0),)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -78,6 +132,29 @@ class ViewSpec:
     boxes: bool = False
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     same_as: str | None = None
+    channels: ChannelSpec | None = None
+
+    def of_channels(self, settings: ChannelSettings | None) -> ViewSpec:
+        """The same view of images with the channels of ``data.channels``, normalized as it says; unchanged for 8-bit RGB."""
+        spec = channel_spec(settings)
+        if settings is None or spec is None:
+            return self
+        augment = tuple(replace(one, groups=spec.groups) for one in self.augment)
+        return replace(self, channels=spec, normalize=channel_normalize(settings), augment=augment)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width, pixels."""
+        return height_width(self.size)
+
+    def grid(self, patch: int) -> tuple[int, int]:
+        """Rows and columns of patches of this side."""
+        return grid_of(self.size, patch)
+
+    @property
+    def in_channels(self) -> int:
+        """Number of channels of the view."""
+        return 3 if self.channels is None else self.channels.count
 
 
 @dataclass(frozen=True)
@@ -145,7 +222,8 @@ class Batch:
     """One rank's (micro-)batch, on the device.
 
     Attributes:
-        views: for each view name its views, each float ``[batch, 3, size, size]``, normalized.
+        views: for each view name its views, each float ``[batch, channels, height, width]``, normalized;
+            three channels unless others are declared.
         masks: for each view name with a ``MaskSpec``.
         labels: int64 ``[batch]``, -1 for samples without a label. Never read by self-supervised methods.
         keys: the samples' own names, in order.
@@ -194,6 +272,7 @@ class Batch:
             yield self.id_tensor
 
     @property
-    def sides(self) -> tuple[int, ...]:
-        """Side of each kind of view, pixels."""
-        return tuple(views[0].shape[-1] for views in self.views.values() if views)
+    def sides(self) -> tuple[Size, ...]:
+        """Size of each kind of view, pixels: a side, or height and width."""
+        shapes = [tuple(views[0].shape[-2:]) for views in self.views.values() if views]
+        return tuple(width if height == width else (height, width) for height, width in shapes)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.data import storage
+from pipeline.data.formats.read import check_libraries, inspect, inspect_stack
 from pipeline.data.index import tar
 from pipeline.data.index.captions import REPLACED, captions_of, decode_text, encoding_of, json_caption_replaced, read_json_member
 from pipeline.data.index.fields import CAPTION_SOURCES, FORMATS, STATUSES, Fields
@@ -63,6 +64,7 @@ class UnusableShards(DataError):
 OnTruncated = Literal["error", "keep-readable"]
 _EXCLUDED = STATUSES.index("undecodable")  # by `fovea shards verify --exclude`
 _MAX_SIDE = 2**31 - 1  # maximum side that the index can store, pixels; a header may claim more
+_MAX_STACK = 1 << 30  # maximum size of the files of one image, with what lies between them, bytes
 _SMALL_WORK = 48 << 20  # bytes below which starting processes takes longer than indexing
 
 
@@ -79,7 +81,10 @@ def index_shard(
 
     Raises:
         DataError: the shard cannot be read, is not a tar or is damaged.
+        ConfigError: a library for images of declared channels is not installed.
     """
+    if fields.channels is not None:
+        check_libraries()
     store = store or storage.Storage()
     about = store.stat(shard) if isinstance(shard, str) else shard
     source = store.open(about)
@@ -349,25 +354,11 @@ def _refusal(problems: list[FoveaError], shards: list[Shard], sidecars: Path) ->
 def _row(
     source: storage.Source, key: str, members: dict[str, tar.Member], fields: Fields, doubt: str, notes: tar.Notes
 ) -> dict[str, int]:
-    image = next((extension for extension in fields.images if extension in members), None)
     row = dict.fromkeys(
         ("image_offset", "image_size", "width", "height", "caption_offset", "caption_size", "segmentation_offset"), 0
     )
     row |= {"segmentation_size": 0, "label": -1, "crc32": 0, "other_crc32": 0, "extension": 0, "format": 0, "caption_source": 0}
-    status = "missing_image"
-    if image is not None:
-        data = _data(source, members[image])
-        header = inspect_header(data, min_side=fields.min_side, max_pixels=fields.max_pixels)
-        status = header.status
-        row |= {
-            "image_offset": members[image].offset,
-            "image_size": members[image].size,
-            "width": min(header.width, _MAX_SIDE),
-            "height": min(header.height, _MAX_SIDE),
-            "crc32": zlib.crc32(data),
-            "extension": fields.images.index(image),
-            "format": FORMATS.index(header.format),
-        }
+    status = _add_image(row, source, members, fields)
     others = {name: _data(source, members[name]) for name in (fields.caption, fields.label, fields.json) if name in members}
     document = _json_object(others.get(fields.json), key, notes)
     _add_label(row, others.get(fields.label), document, fields, key, notes)
@@ -383,6 +374,46 @@ def _row(
         status = next((f"missing_{name}" for name in fields.require if missing[name]), "ok")
     row["status"] = STATUSES.index(doubt or status)
     return row
+
+
+def _add_image(row: dict[str, int], source: storage.Source, members: dict[str, tar.Member], fields: Fields) -> str:
+    """Adds where the image is and what its header says; returns its status."""
+    channels, limits = fields.channels, {"min_side": fields.min_side, "max_pixels": fields.max_pixels}
+    if channels is not None and channels.members:
+        own = [members[name] for name in channels.members if name in members]
+        if len(own) < len(channels.members):
+            return "missing_image"
+        # From the header of the first file to the end of the last: with their headers, these bytes are all that decoding needs.
+        first, last = min(one.header for one in own), max(one.offset + one.size for one in own)
+        if last - first > _MAX_STACK:
+            return "too_large"
+        data = source.read(first, last - first)
+        parts = {name: _data(source, members[name]) for name in channels.members}
+        about = inspect_stack(parts, channels, **limits)
+        span, extension = (first, last - first), 0
+        status, kind, width, height = about.status, about.kind, about.width, about.height
+    else:
+        name = next((extension for extension in fields.images if extension in members), None)
+        if name is None:
+            return "missing_image"
+        data = _data(source, members[name])
+        span, extension = (members[name].offset, members[name].size), fields.images.index(name)
+        if channels is None:
+            header = inspect_header(data, **limits)
+            status, kind, width, height = header.status, header.format, header.width, header.height
+        else:
+            about = inspect(data, channels, **limits)
+            status, kind, width, height = about.status, about.kind, about.width, about.height
+    row |= {
+        "image_offset": span[0],
+        "image_size": span[1],
+        "width": min(width, _MAX_SIDE),
+        "height": min(height, _MAX_SIDE),
+        "crc32": zlib.crc32(data),
+        "extension": extension,
+        "format": FORMATS.index(kind),
+    }
+    return status
 
 
 def _data(source: storage.Source, member: tar.Member) -> bytes:

@@ -22,6 +22,9 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from pipeline.data.formats import png
+from pipeline.data.formats.orientation import of_exif, swaps
+
 __all__ = ["HeaderInfo", "inspect_header", "is_complete", "open_header", "orientation", "sniff", "too_many_scans"]
 
 _OPENERS: dict[str, Callable[[io.BytesIO], Image.Image]] = {
@@ -34,8 +37,6 @@ _OPENERS: dict[str, Callable[[io.BytesIO], Image.Image]] = {
     "pnm": PpmImagePlugin.PpmImageFile,
 }
 _OTHER_IMAGES = (b"GIF8", b"8BPS", b"DDS ", b"qoif", b"\0\0\1\0", b"\0\0\2\0", b"icns", b"\xff\x0a", b"<svg", b"\x76\x2f\x31\1")
-_ORIENTATION = 0x0112
-_EXIF_SWAPS = (5, 6, 7, 8)
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "I;16", "I;16B", "I;16L"}
 _MAX_SCANS = 100
 _MAX_SCANNED = 1_000_000_000  # pixels times scans: about two seconds
@@ -159,13 +160,7 @@ def orientation(image: Image.Image) -> int:
     """Returns the EXIF orientation 1..8 still to be applied; 1 if there is none, or none that can be read."""
     if image.format == "TIFF":
         return 1  # Pillow applies it itself
-    exif = Image.Exif()
-    try:
-        exif.load(image.info.get("exif") or b"")
-        value = exif.get(_ORIENTATION)
-    except Exception:  # broken EXIF is no reason to reject an image
-        return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+    return of_exif(image.info.get("exif") or b"")
 
 
 def _header(data: bytes, kind: str) -> tuple[tuple[int, int], bool]:
@@ -178,7 +173,8 @@ def _header(data: bytes, kind: str) -> tuple[tuple[int, int], bool]:
             known = known and frame in (0xC0, 0xC1, 0xC2) and precision == 8
         if kind == "jpeg2000":
             known = known and _codestream_size(data) == (width, height) and _codestream_components(data) <= 4
-        return (height, width) if orientation(image) in _EXIF_SWAPS else (width, height), known
+        turn = png.turn(data) if kind == "png" else orientation(image)
+        return (height, width) if swaps(turn) else (width, height), known
 
 
 def _codestream_size(data: bytes) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from pipeline.data.index.fields import FORMAT, STATUSES, Fields
+from pipeline.data.index.selected import SelectedRows
 from pipeline.data.index.shard_table import FILE, Meta, Shard, ShardTable
 from pipeline.data.index.sidecar import Keys, ShardIndex, first_line, load_sidecar
 from pipeline.errors import DataError
@@ -48,9 +49,10 @@ class Rows:
 
 
 class _Cache:
-    """The most recently used rows, up to a number of bytes."""
+    """The most recently used rows, up to a number of bytes, and the rows that selections keep."""
 
     def __init__(self, limit: int = _CACHE_BYTES) -> None:
+        self.selected: SelectedRows | None = None
         self._limit, self._bytes = limit, 0
         self._rows: OrderedDict[int, tuple[Rows, int]] = OrderedDict()
 
@@ -77,6 +79,7 @@ class Manifest:
         fields: the rules the samples were indexed by.
         sidecars: directory of the sidecars; by default ``sidecars`` in the manifest's directory.
         parent: version of the index that this one was narrowed from; empty otherwise.
+        selection: hash of the selections that it was narrowed by; empty without them.
     """
 
     directory: str
@@ -84,6 +87,7 @@ class Manifest:
     fields: Fields = field(default_factory=Fields)
     sidecars: str = ""
     parent: str = ""
+    selection: str = ""
     _cache: _Cache = field(default_factory=_Cache, init=False, repr=False, compare=False)
     _known: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -121,7 +125,7 @@ class Manifest:
     @property
     def counts(self) -> dict[str, int]:
         """Samples by status, accepted ones first."""
-        return {status: n for status, n in zip(STATUSES, self.shards.counts.tolist(), strict=True) if n}
+        return {status: n for status, n in zip(STATUSES, self.shards.counts.tolist(), strict=False) if n}
 
     @property
     def notes(self) -> dict[str, int]:
@@ -137,6 +141,22 @@ class Manifest:
             self._known["fingerprint"] = self.shards.fingerprint
         return self._known["fingerprint"]
 
+    @property
+    def selected_file(self) -> Path:
+        """File of the rows that selections keep."""
+        return Path(self.directory) / f"selected-{self.selection[:16]}.npz"
+
+    @property
+    def selected(self) -> SelectedRows:
+        """The rows that selections keep.
+
+        Raises:
+            DataError: their file is missing or damaged.
+        """
+        if self._cache.selected is None:
+            self._cache.selected = SelectedRows(self.selected_file)
+        return self._cache.selected
+
     def sidecar(self, shard: int) -> Path:
         """Returns the path of a shard's sidecar."""
         return Path(self.sidecars) / self.shards[shard].sidecar
@@ -148,9 +168,10 @@ class Manifest:
             DataError: the sidecar is missing, damaged, or not the one this manifest was built from.
         """
         path = self.sidecar(shard)
-        index = load_sidecar(path)
-        if self.parent:
-            index = index.requiring(self.fields.require)
+        stored = load_sidecar(path)
+        index = stored.requiring(self.fields.require) if self.parent else stored
+        if self.selection:
+            index = index.choosing(_positions(stored, self.selected.rows(shard), path))
         if index.digest != self.shards[shard].digest:
             raise DataError(
                 "sidecar belongs to another version of the shard",
@@ -206,7 +227,7 @@ class Manifest:
         folder = Path(directory)
         version = self.shards.version
         up = _up(folder, self.sidecars)
-        document = Meta(self.fingerprint, self.shards.checksum, version, self.fields, self.parent, up)
+        document = Meta(self.fingerprint, self.shards.checksum, version, self.fields, self.parent, up, self.selection)
         name = f"manifest-{version[:16]}.npz"
         try:
             table, meta = ShardTable.open(folder / name)
@@ -257,9 +278,20 @@ class Manifest:
 
 
 def _of(directory: str | Path, table: ShardTable, meta: Meta, sidecars: str) -> Manifest:
-    manifest = Manifest(str(directory), table, meta.fields, sidecars, meta.parent)
+    manifest = Manifest(str(directory), table, meta.fields, sidecars, meta.parent, meta.selection)
     manifest._known["fingerprint"] = meta.fingerprint
     return manifest
+
+
+def _positions(stored: ShardIndex, rows: NDArray[np.uint32], path: Path) -> NDArray[np.int64]:
+    accepted = stored.accepted
+    if len(rows) and int(rows[-1]) >= len(accepted):
+        raise DataError(
+            f"a selected row {int(rows[-1])} does not exist: the shard has {len(accepted)} samples",
+            where=str(path),
+            hint="Build the index again: fovea shards index SHARDS --check",
+        )
+    return accepted[rows]
 
 
 def _point(link: Path, name: str) -> None:

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 
 from pipeline.data import storage
 from pipeline.data.index.arrays import map_arrays
-from pipeline.data.index.fields import FORMAT, STATUSES, Count, Fields, Text
+from pipeline.data.index.fields import COUNTED, FORMAT, STATUSES, Count, Fields, Text
 from pipeline.data.index.sidecar import ShardIndex, first_line, sidecar_name, sidecar_stem
 from pipeline.errors import DataError
 from pipeline.untrusted import printable
@@ -121,6 +121,7 @@ class Meta:
         fields: the rules.
         parent: version of the index that this one was narrowed from; empty otherwise.
         up: levels between the file's directory and the parent of the directory of sidecars.
+        selection: hash of the selections that narrowed it; empty without them.
     """
 
     fingerprint: Text
@@ -129,6 +130,7 @@ class Meta:
     fields: Fields
     parent: Text = ""
     up: Count = 0
+    selection: Text = ""
 
 
 _META = TypeAdapter(Meta)
@@ -158,6 +160,8 @@ class ShardTable(Sequence[Shard]):
         remarks = {n: {"notes": s.notes, "damage": s.damage} for n, s in enumerate(shards) if s.notes or s.damage}
         stored = (s.sidecar.rpartition("-")[2].removesuffix(".npz")[:8].ljust(8, "0") for s in shards)
         digests = [bytes.fromhex(s.digest) for s in shards]
+        counted = STATUSES[: max((STATUSES.index(name) + 1 for s in shards for name in s.counts), default=0)]
+        counted = counted if len(counted) > COUNTED else STATUSES[:COUNTED]
         if any(len(digest) != _DIGEST for digest in digests):
             raise ValueError("a digest has an unexpected length")
         return cls(
@@ -171,7 +175,7 @@ class ShardTable(Sequence[Shard]):
                 "classes": np.array([s.classes for s in shards], dtype=np.int64),
                 "digest": _bytes(b"".join(digests)),
                 "stored": _bytes(b"".join(bytes.fromhex(part) for part in stored)),
-                "counts": np.array([[s.counts.get(name, 0) for name in STATUSES] for s in shards], dtype=np.uint32).reshape(-1),
+                "counts": np.array([[s.counts.get(name, 0) for name in counted] for s in shards], dtype=np.uint32).reshape(-1),
                 "remarks": _bytes(json.dumps(remarks).encode()),
             },
             rules,
@@ -215,7 +219,8 @@ class ShardTable(Sequence[Shard]):
         a, remark = self._arrays, self.remarks.get(index, _Remarks())
         url, tag = (_text(a[f"{name}s"], a[f"{name}_ends"], index) for name in ("url", "tag"))
         size, stored = int(a["size"][index]), a["stored"][index * _STORED : (index + 1) * _STORED].tobytes().hex()
-        counts = a["counts"][index * len(STATUSES) : (index + 1) * len(STATUSES)].tolist()
+        width = len(a["counts"]) // len(self)
+        counts = a["counts"][index * width : (index + 1) * width].tolist()
         return Shard(
             url=url,
             size=size,
@@ -224,7 +229,7 @@ class ShardTable(Sequence[Shard]):
             classes=int(a["classes"][index]),
             digest=a["digest"][index * _DIGEST : (index + 1) * _DIGEST].tobytes().hex(),
             sidecar=sidecar_name(sidecar_stem(url, size, tag, self._rules), stored),
-            counts={name: n for name, n in zip(STATUSES, counts, strict=True) if n},
+            counts={name: n for name, n in zip(STATUSES, counts, strict=False) if n},
             notes=dict(remark.notes),
             damage=remark.damage,
         )
@@ -258,8 +263,8 @@ class ShardTable(Sequence[Shard]):
 
     @property
     def counts(self) -> NDArray[np.int64]:
-        """Samples by status, ``[statuses]``."""
-        return self._arrays["counts"].reshape(-1, len(STATUSES)).sum(axis=0, dtype=np.int64)
+        """Samples by status, ``[statuses]``; the last statuses are missing if none has them."""
+        return self._arrays["counts"].reshape(max(1, len(self)), -1).sum(axis=0, dtype=np.int64)
 
     @property
     def fingerprint(self) -> str:
@@ -286,7 +291,7 @@ class ShardTable(Sequence[Shard]):
         """Hash of all arrays and of the rules."""
         if self._file is not None:
             return self._file[1]
-        digest = hashlib.blake2b(json.dumps(asdict(self._rules), sort_keys=True).encode(), digest_size=16)
+        digest = hashlib.blake2b(json.dumps(self._rules.document(), sort_keys=True).encode(), digest_size=16)
         for name in sorted(_ARRAYS):
             digest.update(self._arrays[name].tobytes())
         return digest.hexdigest()
@@ -305,7 +310,7 @@ class ShardTable(Sequence[Shard]):
 
     def save(self, path: Path, meta: Meta) -> None:
         """Writes the table atomically."""
-        document = {"format": FORMAT, "rules": asdict(self._rules), **asdict(meta)}
+        document = {"format": FORMAT, "rules": self._rules.document(), **asdict(meta), "fields": meta.fields.document()}
         arrays: dict[str, Any] = {**self._arrays, "meta": _bytes(json.dumps(document, sort_keys=True).encode())}
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
@@ -360,11 +365,13 @@ def _check(arrays: dict[str, NDArray[Any]]) -> None:
     """
     n = len(arrays["size"])
     lengths = {"url_ends": n, "tag_ends": n, "samples": n, "classes": n, "digest": n * _DIGEST, "stored": n * _STORED}
-    for name, length in {**lengths, "counts": n * len(STATUSES)}.items():
+    for name, length in lengths.items():
         if len(arrays[name]) != length:
             raise ValueError(f"{name} has an unexpected length")
     if not n:
         return
+    if len(arrays["counts"]) % n or not COUNTED <= len(arrays["counts"]) // n <= len(STATUSES):
+        raise ValueError("counts has an unexpected length")
     for name in ("url", "tag"):
         ends = arrays[f"{name}_ends"]
         if int(ends[0]) < 0 or bool((np.diff(ends) < 0).any()) or int(ends[-1]) != len(arrays[f"{name}s"]):
@@ -372,7 +379,7 @@ def _check(arrays: dict[str, NDArray[Any]]) -> None:
     for name, most in (("size", 1 << 62), ("samples", _MAX_SAMPLES), ("classes", 1 << 62)):
         if int(arrays[name].min()) < 0 or int(arrays[name].max()) >= most:
             raise ValueError(f"a value of {name} is invalid")
-    if bool((arrays["samples"] != arrays["counts"].reshape(n, len(STATUSES))[:, 0]).any()):
+    if bool((arrays["samples"] != arrays["counts"].reshape(n, -1)[:, 0]).any()):
         raise ValueError("numbers of samples do not agree")
 
 

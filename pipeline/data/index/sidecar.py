@@ -11,7 +11,7 @@ import io
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -21,7 +21,7 @@ from pydantic import TypeAdapter
 
 from pipeline.data import storage
 from pipeline.data.index.arrays import check_columns, read_arrays
-from pipeline.data.index.fields import CAPTION_SOURCES, FORMAT, FORMATS, STATUSES, Count, Fields, Text
+from pipeline.data.index.fields import CAPTION_SOURCES, CHANNEL_FORMAT, FORMAT, FORMATS, STATUSES, Count, Fields, Text
 from pipeline.errors import DataError
 from pipeline.untrusted import UNPRINTABLE, printable
 
@@ -169,7 +169,7 @@ class ShardIndex:
             "url": self.url,
             "size": self.size,
             "tag": self.tag,
-            "fields": asdict(self.fields),
+            "fields": self.fields.document(),
             "damage": self.damage,
             "notes": self.notes,
             "examples": self.examples,
@@ -199,6 +199,14 @@ class ShardIndex:
         fields = replace(self.fields, require=require)
         return replace(self, fields=fields, columns={**columns, "status": status.astype(np.uint8)})
 
+    def choosing(self, positions: NDArray[np.int64]) -> ShardIndex:
+        """Returns the index in which no other accepted samples are left than those at some positions."""
+        status = self.columns["status"].copy()
+        others = status == 0
+        others[positions] = False
+        status[others] = STATUSES.index("unselected")
+        return replace(self, columns={**self.columns, "status": status})
+
 
 def make_columns(rows: list[dict[str, int]]) -> dict[str, NDArray[Any]]:
     """Builds the columns of a :class:`ShardIndex` from one dictionary per sample."""
@@ -207,7 +215,8 @@ def make_columns(rows: list[dict[str, int]]) -> dict[str, NDArray[Any]]:
 
 def sidecar_stem(url: str, size: int, tag: str, fields: Fields) -> str:
     """Returns the beginning of the sidecar's name, equal for the same version of a shard and the same rules."""
-    rules = json.dumps([FORMAT, size, tag, asdict(fields)], sort_keys=True)
+    channels = [CHANNEL_FORMAT] if fields.channels is not None else []
+    rules = json.dumps([FORMAT, size, tag, fields.document(), *channels], sort_keys=True)
     content = f"{storage.absolute(url)}\0{rules}".encode("utf-8", "surrogateescape")
     return f"{_shown_name(url)}-{hashlib.blake2b(content, digest_size=8).hexdigest()}"
 

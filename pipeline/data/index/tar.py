@@ -11,7 +11,7 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.data import storage
@@ -66,12 +66,14 @@ class Member:
         offset: first byte of the data, from the start of the archive.
         size: bytes of data.
         kind: ``file``, ``directory``, ``link``, ``device``, ``sparse`` or ``unknown``.
+        header: first byte of its header, or of the long-name header before that; -1 if unknown.
     """
 
     name: str
     offset: int
     size: int
     kind: Kind = "file"
+    header: int = field(default=-1, compare=False)
 
 
 class Notes(Counter[str]):
@@ -120,7 +122,7 @@ def walk(shard: str | storage.Source, start: int = 0) -> Iterator[Member]:
     """
     source = _opened(shard)
     url, size = source.url, source.size
-    at = start
+    at = begin = start
     shared: dict[str, str] = {}
     own: dict[str, str] = {}
     long_name: str | None = None
@@ -167,8 +169,8 @@ def walk(shard: str | storage.Source, start: int = 0) -> Iterator[Member]:
         stored = member_size if kind in ("file", "sparse", "unknown") else 0
         if data + stored > size:
             raise _cut(url, at, f"member {shown(name)} reaches {data + stored - size} bytes past the end")
-        yield Member(name, data, stored, kind)
-        at = data + _padded(stored)
+        yield Member(name, data, stored, kind, begin)
+        at = begin = data + _padded(stored)
         own, long_name = {}, None
 
 

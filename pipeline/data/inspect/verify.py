@@ -75,22 +75,22 @@ class _Worker:
     decoder: Decodes
 
 
-_Setup = tuple[str, Callable[[], Decodes], storage.Storage]
+_Setup = tuple[str, Callable[[], Decodes] | None, storage.Storage]
 _here: list[_Worker] = []  # the worker of this process
 
 
-def cpu_decoder() -> Decodes:
+def cpu_decoder(manifest: Manifest) -> Decodes:
     """Returns the decoder used in training, with one CPU thread."""
-    from pipeline.data.augment.decode import Decoder
+    from pipeline.data.augment.decode import decoder_of
 
-    return Decoder()
+    return decoder_of(manifest.fields)
 
 
 def verify(
     manifest: Manifest,
     *,
     workers: int | None = None,
-    decoder: Callable[[], Decodes] = cpu_decoder,
+    decoder: Callable[[], Decodes] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
     store: storage.Storage | None = None,
     part: tuple[int, int] | None = None,
@@ -100,7 +100,7 @@ def verify(
     Args:
         manifest: a saved manifest: processes read it from its directory.
         workers: processes; None: as many as there are processors and tasks for them.
-        decoder: creates the decoder in each process; a function of a module.
+        decoder: creates the decoder in each process, a function of a module; by default that of training.
         progress: called with (samples done, total samples, a line after the last sample of a shard).
         store: access to the shards.
         part: number, from 1, and count of parts: only every ``count``-th shard is verified here, and a verification of everything
@@ -189,7 +189,8 @@ def _run(tasks: Iterator[Task], workers: int, setup: _Setup) -> Iterator[tuple[T
                     while following is not None and len(flying) < 2 * workers:
                         flying[pool.submit(_check, following)] = following
                         following = next(tasks, None)
-                    for job in wait(flying, return_when=FIRST_COMPLETED).done:
+                    wait(flying, return_when=FIRST_COMPLETED)
+                    for job in [job for job in flying if job.done()]:  # in the order of the tasks
                         result = job.result()
                         yield flying.pop(job), result
             except BrokenProcessPool:
@@ -227,8 +228,9 @@ def _pool(workers: int, setup: _Setup) -> ProcessPoolExecutor:
     return process_pool(workers, _begin, *setup)
 
 
-def _begin(directory: str, decoder: Callable[[], Decodes], store: storage.Storage) -> None:
-    _here[:] = [_Worker(Reader(Manifest.load(directory), wants=("image",), store=store), decoder())]
+def _begin(directory: str, decoder: Callable[[], Decodes] | None, store: storage.Storage) -> None:
+    manifest = Manifest.load(directory)
+    _here[:] = [_Worker(Reader(manifest, wants=("image",), store=store), cpu_decoder(manifest) if decoder is None else decoder())]
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)  # suppresses the decoder's own messages; the result reports the reason
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,18 +43,20 @@ class BadSamples:
         path: JSON-lines file, appended to; ``None`` keeps the events in memory only.
         budget: maximum fraction of bad samples in the window.
         window: samples over which the fraction is measured.
+        excluded: numbers of samples that are substituted although they can be used.
 
     Attributes:
         quarantine: bad samples of this rank and of the checkpoint it started from: their reasons.
         of_all_ranks: the same of all ranks, as of the last checkpoint.
     """
 
-    def __init__(self, path: Path | None, *, budget: float = 0.01, window: int = 10_000) -> None:
+    def __init__(self, path: Path | None, *, budget: float = 0.01, window: int = 10_000, excluded: Iterable[int] = ()) -> None:
         self._path, self._budget, self._window = path, budget, window
+        self._excluded = dict.fromkeys(excluded, "excluded")
         self.seen = 0
         self.reasons: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
-        self.quarantine: dict[int, str] = {}
+        self.quarantine: dict[int, str] = dict(self._excluded)
         self.of_all_ranks: dict[int, str] = {}
         self._unsent: dict[int, str] = {}
         self._steps: deque[tuple[int, int]] = deque()  # samples and bad samples of each step in the window, and their sums
@@ -119,7 +121,7 @@ class BadSamples:
         self.seen = int(state["seen"])
         self.reasons = Counter(state["reasons"])
         self.counts = Counter(state.get("counts", {}))
-        self.quarantine = {int(k): v for k, v in state["quarantine"].items()}
+        self.quarantine = {int(k): v for k, v in state["quarantine"].items()} | self._excluded
         self.of_all_ranks, self._unsent = dict(self.quarantine), {}
         self._steps.clear()
         self._recent = self._lost = 0

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.data.augment.dali import Augmenter, Hue
-from pipeline.data.augment.decode import Decoder
+from pipeline.data.augment.decode import decoder_of
 from pipeline.data.augment.masks import mask_capacity
 from pipeline.data.augment.plan import ViewPlan, make_plan
 from pipeline.data.augment.views import Batch, Boxes, Masks, MaskSpec, ViewSpec
@@ -95,7 +95,7 @@ class BatchStream:
         self._first, self._last = first, last
         device_id = device.index or 0 if device.type == "cuda" else None
         self._copies = DeviceCopies(device)
-        self._decoder = Decoder(threads=options.threads, device_id=device_id)
+        self._decoder = decoder_of(dataset.reader.manifest.fields, threads=options.threads, device_id=device_id)
         self._augmenter = Augmenter(
             *(one.views for one in dataset.sets),
             batch_size=options.micro_batch,

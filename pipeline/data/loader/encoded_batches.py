@@ -145,13 +145,15 @@ class StepDataset(Dataset[RankBatch]):
         return {f"seen/{name}": int(count) for name, count in zip(self._names, counts, strict=False) if count}
 
     def _masks(self, spec: ViewSpec, mask: MaskSpec, stream: int, ids: NDArray[np.uint64], step: int) -> NDArray[np.bool_]:
-        side = spec.size // mask.patch
+        rows, columns = spec.grid(mask.patch)
         total = self.order.global_batch
         # Assigned over the whole global batch, so that the result does not depend on the number of ranks.
-        counts = mask_counts(spec.count * total, side * side, mask, self.seed, stream, step).reshape(total, spec.count)
+        counts = mask_counts(spec.count * total, rows * columns, mask, self.seed, stream, step).reshape(total, spec.count)
         share = total // self.world
         rank_counts = counts[self.rank * share : (self.rank + 1) * share]
-        return np.stack([block_masks(rank_counts[:, v], side, side, ids, self.seed, stream, step, v) for v in range(spec.count)])
+        return np.stack(
+            [block_masks(rank_counts[:, v], rows, columns, ids, self.seed, stream, step, v) for v in range(spec.count)]
+        )
 
 
 class _ErrorsAsValues(Dataset[RankBatch | FoveaError]):

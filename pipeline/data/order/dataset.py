@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,6 +21,25 @@ from pipeline.errors import DataError
 _SHARDS, _SHIFT, _BLOCK = 0x5AAD, 0x5817, 0xB10C  # identify the random draws
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One pass over a data set.
+
+    Attributes:
+        shards: the shards in shuffled order, int64 ``[shards]``.
+        counts: samples of each shard in this epoch, by shard number, int64 ``[shards]``.
+        ends: end of each shuffled shard in the concatenation, int64 ``[shards]``.
+        shift: where in the concatenation the first stream begins.
+        origin: of a weighted data set, where the first sample is drawn; see :mod:`pipeline.data.order.weighted`.
+    """
+
+    shards: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    shift: int
+    origin: int = 0
 
 
 class ShuffledDataset:
@@ -42,7 +62,7 @@ class ShuffledDataset:
         self.total = int(self.counts.sum())
         self.span = self.total // streams
         self._seed, self._streams, self._block_size = seed, streams, block_size
-        self._epochs: OrderedDict[int, tuple[NDArray[np.int64], NDArray[np.int64], int]] = OrderedDict()
+        self._epochs: OrderedDict[int, Epoch] = OrderedDict()
         self._blocks: OrderedDict[tuple[int, int, int], NDArray[Any]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -75,8 +95,7 @@ class ShuffledDataset:
         ids, epochs = np.empty(done, dtype=np.uint64), np.empty(done, dtype=np.int64)
         for epoch in sorted(slots):
             rows = np.concatenate(targets[epoch])
-            ids[rows] = self._ids(epoch, np.concatenate(slots[epoch]))
-            epochs[rows] = epoch
+            ids[rows], epochs[rows] = self._ids(epoch, np.concatenate(slots[epoch]))
         return ids, epochs
 
     def positions_of(self, number: int, first: int, last: int) -> list[tuple[int, int]]:
@@ -90,16 +109,18 @@ class ShuffledDataset:
             raise DataError(f"there is no sample {number}", where="order", hint="Use numbers of this manifest")
         pairs = []
         for epoch in range(first // self.span, -(-last // self.span)):
-            shards, ends, shift = lru_get(self._epochs, epoch, 3, self._epoch)
-            index = int(np.flatnonzero(shards == shard)[0])
-            stream, slot = divmod((int(ends[index] - self.counts[shard]) + row - shift) % self.total, self.span)
-            if stream >= self._streams:
-                continue  # part of this epoch's remainder
-            block, offset = divmod(slot, self._block_size)
-            within = int(np.flatnonzero(self._shuffled(epoch, stream, block) == offset)[0])
-            position = epoch * self.span + block * self._block_size + within
-            if first <= position < last:
-                pairs.append((position, stream))
+            now = lru_get(self._epochs, epoch, 3, self._epoch)
+            index = int(np.flatnonzero(now.shards == shard)[0])
+            begin = int(now.ends[index] - now.counts[shard])
+            for turn in self._turns(now, shard, row):
+                stream, slot = divmod((begin + turn - now.shift) % self.total, self.span)
+                if stream >= self._streams:
+                    continue  # part of this epoch's remainder
+                block, offset = divmod(slot, self._block_size)
+                within = int(np.flatnonzero(self._shuffled(epoch, stream, block) == offset)[0])
+                position = epoch * self.span + block * self._block_size + within
+                if first <= position < last:
+                    pairs.append((position, stream))
         return pairs
 
     def uses(self, first: int, last: int, streams: range) -> Iterator[tuple[int, int]]:
@@ -111,13 +132,14 @@ class ShuffledDataset:
             epoch, position = divmod(first, self.span)
             number = position // self._block_size
             size = min(self._block_size, self.span - number * self._block_size)
-            shards, ends, shift = lru_get(self._epochs, epoch, 3, self._epoch)
+            now = lru_get(self._epochs, epoch, 3, self._epoch)
+            ends = now.ends
             for stream in streams:
-                begin = (stream * self.span + number * self._block_size + shift) % self.total
+                begin = (stream * self.span + number * self._block_size + now.shift) % self.total
                 for low, high in ((begin, min(begin + size, self.total)), (0, begin + size - self.total)):
                     if low < high:
                         used = slice(np.searchsorted(ends, low, side="right"), np.searchsorted(ends, high - 1, side="right") + 1)
-                        yield from ((first, int(shard)) for shard in shards[used] if self.counts[shard])
+                        yield from ((first, int(shard)) for shard in now.shards[used] if now.counts[shard])
             first = epoch * self.span + number * self._block_size + size
 
     def _slots(self, epoch: int, stream: int, position: int, take: int) -> NDArray[np.int64]:
@@ -130,18 +152,29 @@ class ShuffledDataset:
             position, take = position + len(shuffled), take - len(shuffled)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _ids(self, epoch: int, slots: NDArray[np.int64]) -> NDArray[np.uint64]:
-        shards, ends, shift = lru_get(self._epochs, epoch, 3, self._epoch)
-        slots = (slots + shift) % self.total
-        index = np.searchsorted(ends, slots, side="right")
-        shard = shards[index]
-        row = slots - (ends[index] - self.counts[shard])
-        return (shard.astype(np.uint64) << np.uint64(32)) | row.astype(np.uint64)
+    def _ids(self, epoch: int, slots: NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.int64] | int]:
+        """Returns the samples in some slots of an epoch, and the pass over each sample that this is."""
+        now = lru_get(self._epochs, epoch, 3, self._epoch)
+        slots = (slots + now.shift) % self.total
+        index = np.searchsorted(now.ends, slots, side="right")
+        shard = now.shards[index]
+        rows, passes = self._rows(epoch, now, shard, slots - (now.ends[index] - now.counts[shard]))
+        return (shard.astype(np.uint64) << np.uint64(32)) | rows.astype(np.uint64), passes
 
-    def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+    def _rows(
+        self, epoch: int, now: Epoch, shards: NDArray[np.int64], turns: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64] | int]:
+        """Returns the rows that have some turns in their shards, and the pass over each sample."""
+        return turns, epoch
+
+    def _turns(self, now: Epoch, shard: int, row: int) -> range:
+        """Returns the turns that a row of a shard has in an epoch."""
+        return range(row, row + 1)
+
+    def _epoch(self, epoch: int) -> Epoch:
         shards = permutation(len(self.counts), self._seed, epoch, _SHARDS)
         low, high = mix(self._seed, epoch, _SHIFT)
-        return shards, np.cumsum(self.counts[shards]), (high << 32 | low) % self.total
+        return Epoch(shards, self.counts, np.cumsum(self.counts[shards]), (high << 32 | low) % self.total)
 
     def _shuffled(self, epoch: int, stream: int, number: int) -> NDArray[Any]:
         def draw(key: tuple[int, int, int]) -> NDArray[Any]:

@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.index.selected import UNIT
 from pipeline.data.order.dataset import ShuffledDataset
 from pipeline.data.order.interleave import Interleaver
 from pipeline.data.order.random import mix
+from pipeline.data.order.weighted import SampleWeights, WeightedDataset
 from pipeline.errors import ConfigError, DataError
 
 _SET = 0x5E7  # stream constant that gives each data set its own seed
@@ -76,6 +78,7 @@ class Order:
         block_size: samples of one data set that are shuffled together inside a stream.
         sources: the data sets, in the order of their shards, without gaps; either all have a weight or none has. Empty: the
             shards are a single data set.
+        weights: how often the samples of some data sets occur in an epoch, by the number of the data set; others once.
 
     Raises:
         ConfigError: sizes that do not divide, or invalid weights.
@@ -90,36 +93,39 @@ class Order:
         streams: int | None = None,
         block_size: int = 16384,
         sources: Sequence[Source] = (),
+        weights: Mapping[int, SampleWeights] | None = None,
     ) -> None:
         self.seed, self.global_batch, self.block_size = seed, global_batch, block_size
         self.streams = num_streams(global_batch, streams, block_size)
         self.sources = tuple(sources) or (Source("data", 0, len(counts)),)
         if sources:
             _check(self.sources, len(counts))
-        self.datasets = tuple(self._dataset(number, counts) for number in range(len(self.sources)))
+        chosen = weights or {}
+        self.datasets = tuple(self._dataset(number, counts, chosen.get(number)) for number in range(len(self.sources)))
         self._each = global_batch // self.streams
         spans = [dataset.span for dataset in self.datasets]
         weighted = any(source.weight is not None for source in self.sources)
         if len(self.sources) == 1:
-            weights, self._span = [1], spans[0]
+            frequencies, self._span = [1], spans[0]
         else:
             shares = [
                 Fraction(str(source.weight)) if source.weight is not None else Fraction(str(source.repeat)) * span
                 for source, span in zip(self.sources, spans, strict=True)
             ]
             common = math.lcm(*(share.denominator for share in shares))
-            weights = [int(share * common) for share in shares]
+            frequencies = [int(share * common) for share in shares]
             self._span = sum(spans) if weighted else max(1, round(sum(shares)))
-        self._interleaver = Interleaver(weights, self.streams, seed)
+        self._interleaver = Interleaver(frequencies, self.streams, seed)
 
-    def _dataset(self, number: int, counts: Sequence[int] | NDArray[np.int64]) -> ShuffledDataset:
+    def _dataset(self, number: int, counts: Sequence[int] | NDArray[np.int64], weights: SampleWeights | None) -> ShuffledDataset:
         source, seed = self.sources[number], self.seed
         own = np.asarray(counts[source.first : source.first + source.shards], dtype=np.int64)
-        total = int(own.sum())
+        total = int(own.sum()) if weights is None else int(weights.totals.sum()) // UNIT
         if len(self.sources) == 1:
             if total < self.global_batch:
                 raise DataError(
-                    f"{total} usable samples are fewer than one global batch of {self.global_batch}",
+                    f"{total} usable samples{' (the sum of their weights)' if weights is not None else ''} are fewer than one "
+                    f"global batch of {self.global_batch}",
                     where="data",
                     hint="Add shards or lower train.global_batch_size",
                 )
@@ -132,11 +138,13 @@ class Order:
                 )
             low, high = mix(seed, number, _SET)
             seed = high << 32 | low
+        if weights is not None:
+            return WeightedDataset(own, seed, self.streams, self.block_size, weights)
         return ShuffledDataset(own, seed, self.streams, self.block_size)
 
     @property
     def total(self) -> int:
-        """Number of samples over all data sets."""
+        """Number of samples in one pass over each data set."""
         return sum(dataset.total for dataset in self.datasets)
 
     @property

@@ -31,12 +31,16 @@ REASONS = {
     "with_image": "captions and other members of images that are left out",
     "shard_file": "tars beside images: --layout shards reads them",
     "not_a_shard": "files beside the tars",
+    "unselected": "samples that --selection leaves out",
     "nested_shard": "tars in sub-folders: 'FOLDER/**/*.tar' names them too",
     "unreadable": "cannot be read: check the permissions",
     "unreadable_folder": "folders that cannot be listed, so what they hold is not counted: check the permissions",
     "bookkeeping": "statistics and tables that img2dataset writes",
     "file_too_large": "larger than --max-file-mb",
     "missing_file": "the table names it, but it is not there; relative paths begin at the table's folder, or at --root",
+    "other_channels": "another number of channels than --channels",
+    "other_dtype": "values of another type than --channels",
+    "other_size": "the files of one image differ in width or height",
     "unsupported": "the decoder does not read it: --transcode converts what Pillow reads (not HEIC)",
 }
 NOTES = {

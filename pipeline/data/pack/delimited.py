@@ -25,14 +25,15 @@ _CLOSE = re.compile(r'[^"]*(?:""[^"]*)*"(?!")')  # up to the quote that ends a f
 Records = Iterator[tuple[int, list[str]]]
 
 
-def read_delimited(file: Any, where: str, *, tabs_first: bool) -> tuple[list[str], Records]:
+def read_delimited(file: Any, where: str, *, tabs_first: bool, column: str = "path") -> tuple[list[str], Records]:
     """Reads the header and the rows of a table.
 
     Args:
         file: seekable text, opened with ``newline=""``.
         where: the file, for messages.
-        tabs_first: try tabs first, as for ``.tsv``; otherwise commas. In both cases the delimiter is the one that yields a column
-            ``path`` in the header.
+        tabs_first: try tabs first, as for ``.tsv``; otherwise commas. In both cases the delimiter is the one that yields
+            ``column`` in the header.
+        column: name of the column that every row has.
 
     Returns:
         Column names, stripped; and (number of its first line, fields) of each row that is not blank.
@@ -48,9 +49,9 @@ def read_delimited(file: Any, where: str, *, tabs_first: bool) -> tuple[list[str
             "contains NUL characters", where=f"{where}:1", hint="Save it as text in UTF-8, not UTF-16 without a byte order mark"
         )
     delimiters = f"\t{DELIMITERS.replace(TAB, '')}" if tabs_first else DELIMITERS
-    delimiter = next((one for one in delimiters if "path" in _names(header, one)), delimiters[0])
+    delimiter = next((one for one in delimiters if column in _names(header, one)), delimiters[0])
     columns = _names(header, delimiter)
-    shape = _Shape(delimiter, len(columns), columns.index("path") if "path" in columns else 0)
+    shape = _Shape(delimiter, len(columns), columns.index(column) if column in columns else 0)
     quoted = delimiter not in "\t|" or _is_quoted(file, shape)
     spaced = len(columns) > 1 and all(part.startswith(" ") for part in header.split(delimiter)[1:])
     records = _records(file, where, shape, quoted, spaced=spaced)

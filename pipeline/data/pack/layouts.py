@@ -6,21 +6,20 @@ import csv
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Literal
 
 from pipeline.data.index.captions import encoding_of
 from pipeline.data.pack.delimited import DELIMITERS
 from pipeline.data.pack.listing import File, Listing
 from pipeline.data.pack.samples import IMAGES
-from pipeline.data.pack.tables import open_pyarrow
+from pipeline.data.pack.tables import INSTALL_PYARROW
+from pipeline.data.storage.parquet import open_pyarrow
 from pipeline.errors import DataError
 from pipeline.untrusted import printable
 
 Layout = Literal["auto", "folder", "flat", "table", "files", "shards"]
 LAYOUTS: tuple[Layout, ...] = ("auto", "folder", "flat", "table", "files", "shards")
 TABLES = ("csv", "tsv", "jsonl", "parquet")
-_IMAGES = frozenset(IMAGES)
 _CHUNK_FOLDER = re.compile(r"\d{5,}")
 _CHUNK_STATS = re.compile(r"\d{5,}_stats\.json")
 # Also matches names with additions: ``train2017``, ``test_images``, ``images_val``.
@@ -30,18 +29,19 @@ _SPLIT = re.compile(
 )
 
 
-def recognize(listing: Listing, where: str) -> Layout:
+def recognize(listing: Listing, where: str, extensions: frozenset[str] = frozenset(IMAGES)) -> Layout:
     """Detects the layout of a directory.
 
     Args:
         listing: its content.
         where: the directory, for messages.
+        extensions: of images.
 
     Raises:
         DataError: the layout is ambiguous, or nothing can be packed.
     """
     top = [file for file in listing.files if "/" not in file.shown]
-    images = [file for file in listing.files if file.extension in _IMAGES]
+    images = [file for file in listing.files if file.extension in extensions]
     tars = [file for file in top if file.extension == "tar"]
     tables = [file for file in top if file.extension in TABLES and _names_images(file)]
     if not images and not tars:
@@ -145,7 +145,7 @@ def _names_images(table: File) -> bool:
 
 def _parquet_has_path(path: str) -> bool:
     try:
-        _, parquet = open_pyarrow(Path(path))
+        _, parquet = open_pyarrow(str(path), hint=INSTALL_PYARROW)
     except DataError:
         return True  # perhaps a table: reading it reports what to install
     try:

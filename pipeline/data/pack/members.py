@@ -16,7 +16,6 @@ from pipeline.data.pack.listing import Listing, litter_reason
 from pipeline.data.pack.samples import IMAGES, MAX_FILE, Raw, SkippedSample, read_file
 from pipeline.errors import DataError
 
-_IMAGES = frozenset(IMAGES)
 _COPIES = 64  # copies of one key that a further member may still belong to
 
 
@@ -64,6 +63,8 @@ class Members:
         names: display name of each sample.
         roots: resolved directories that must contain the files after resolving links; empty for anywhere.
         max_file: maximum size of a member, bytes.
+        images: extensions of the image, in order of preference; or the files that make one, all of them, if ``stacked``.
+        stacked: whether several files make an image.
     """
 
     store: storage.Storage
@@ -78,6 +79,8 @@ class Members:
     remarks: Sequence[str] = ()
     roots: tuple[str, ...] = ()
     max_file: int = MAX_FILE
+    images: tuple[str, ...] = IMAGES
+    stacked: bool = False
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -89,7 +92,7 @@ class Members:
     def companions(self, position: int) -> tuple[str, ...]:
         """All members but the image, or but the first if there is no image."""
         parts = self.parts[position]
-        image = _image(parts) or next(iter(parts))
+        image = self._image(parts) or next(iter(parts))
         return tuple(f"{self.names[position]}.{extension}" for extension in parts if extension != image)
 
     def sharers(self, companion: str) -> tuple[str, ...]:
@@ -103,17 +106,21 @@ class Members:
     def load(self, position: int) -> Raw:
         """Reads all members."""
         parts = self.parts[position]
-        image = _image(parts)
-        if image is None:
+        image = self._image(parts)
+        if image is None or (self.stacked and not parts.keys() >= set(self.images)):
             raise SkippedSample("missing_image")
         read = {extension: part.read(self.store, self.max_file, self.roots) for extension, part in parts.items()}
         return Raw(read.pop(image), read, image)
+
+    def _image(self, parts: dict[str, Part]) -> str | None:
+        return next((extension for extension in self.images if extension in parts), None)
 
 
 class _Groups:
     """Groups members into samples: scattered members of one key form one sample, a second copy of a member begins another."""
 
-    def __init__(self) -> None:
+    def __init__(self, images: tuple[str, ...], stacked: bool) -> None:
+        self._images = frozenset(() if stacked else images)
         self.samples: list[tuple[str, str, dict[str, Part]]] = []
         self.notes: list[tuple[str, str]] = []
         self._places: dict[tuple[str, str], list[int]] = {}
@@ -137,7 +144,7 @@ class _Groups:
         clean = [safe_key(key) for key, _, _ in self.samples]
         out = unique_keys(clean)
         for (key, name, parts), safe, unique in zip(self.samples, clean, out, strict=True):
-            if sum(extension in _IMAGES for extension in parts) > 1:
+            if sum(extension in self._images for extension in parts) > 1:
                 self.notes.append((name, "second_image"))
             if safe != key:
                 self.notes.append((name, "key_changed"))
@@ -159,7 +166,13 @@ class _Groups:
 
 
 def tars_of(
-    store: storage.Storage, urls: Sequence[str], use_damaged: bool, listing: Listing | None = None, max_file: int = MAX_FILE
+    store: storage.Storage,
+    urls: Sequence[str],
+    use_damaged: bool,
+    listing: Listing | None = None,
+    max_file: int = MAX_FILE,
+    images: tuple[str, ...] = IMAGES,
+    stacked: bool = False,
 ) -> Members:
     """Returns the samples of shards.
 
@@ -169,11 +182,12 @@ def tars_of(
         use_damaged: use the complete samples of truncated tars.
         listing: their directory, if one was given: its other files are left out.
         max_file: maximum size of a member, bytes.
+        images, stacked: see :class:`Members`.
 
     Raises:
         DataError: a shard cannot be read or is damaged.
     """
-    groups = _Groups()
+    groups = _Groups(images, stacked)
     versions: list[str] = []
     left_out: list[tuple[str, str]] = []
     remarks: list[str] = []
@@ -214,6 +228,8 @@ def tars_of(
         notes=groups.notes,
         remarks=remarks,
         max_file=max_file,
+        images=images,
+        stacked=stacked,
     )
 
 
@@ -236,7 +252,14 @@ def _shards_of(listing: Listing, urls: Sequence[str]) -> tuple[list[str], list[t
     return chosen, [*listing.left_out, *others]
 
 
-def files_of(store: storage.Storage, listing: Listing, max_file: int = MAX_FILE, roots: tuple[str, ...] = ()) -> Members:
+def files_of(
+    store: storage.Storage,
+    listing: Listing,
+    max_file: int = MAX_FILE,
+    roots: tuple[str, ...] = (),
+    images: tuple[str, ...] = IMAGES,
+    stacked: bool = False,
+) -> Members:
     """Returns the samples of a directory whose files share a name up to the first dot, as img2dataset writes them.
 
     Args:
@@ -244,8 +267,9 @@ def files_of(store: storage.Storage, listing: Listing, max_file: int = MAX_FILE,
         listing: the directory.
         max_file: maximum size of a file, bytes.
         roots: resolved directories that must contain the files after resolving links.
+        images, stacked: see :class:`Members`.
     """
-    groups = _Groups()
+    groups = _Groups(images, stacked)
     lines, left_out = [], list(listing.left_out)
     for file in listing.files:
         folder, _, base = file.shown.rpartition("/")
@@ -271,6 +295,8 @@ def files_of(store: storage.Storage, listing: Listing, max_file: int = MAX_FILE,
         notes=groups.notes,
         roots=roots,
         max_file=max_file,
+        images=images,
+        stacked=stacked,
     )
 
 
@@ -290,7 +316,3 @@ def _litter_in(key: str) -> str:
     """Returns why a key is not data: one of its directories is hidden or litter; empty if none is."""
     folders = key.split("/")[:-1]
     return next((reason for name in folders if name not in (".", "..") and (reason := litter_reason(name))), "")
-
-
-def _image(parts: dict[str, Part]) -> str | None:
-    return next((extension for extension in IMAGES if extension in parts), None)

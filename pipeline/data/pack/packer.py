@@ -14,17 +14,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.data.index.image_header import inspect_header
+from pipeline.data.formats.channels import Channels
+from pipeline.data.formats.read import check_libraries, inspect, inspect_stack
+from pipeline.data.index.image_header import HeaderInfo, inspect_header
 from pipeline.data.order.random import permutation
 from pipeline.data.pack.account import NOTES, REASONS, WITH_IMAGE, Account, left_out_line, note_line, settle, write_lists
 from pipeline.data.pack.delivery import Delivery
 from pipeline.data.pack.layouts import extension_counts
 from pipeline.data.pack.resume import PackState, Piece
-from pipeline.data.pack.samples import SkippedSample, Source
+from pipeline.data.pack.samples import Raw, SkippedSample, Source
 from pipeline.data.pack.shard_writer import ShardWriter
 from pipeline.data.pack.sources import ImageSource
 from pipeline.data.pack.transcode import Form, transcode
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.runtime.locks import lock
 from pipeline.untrusted import printable
 
@@ -45,6 +47,7 @@ class Packing:
         max_pixels: larger images are left out.
         transcode: format to which unsupported ones (GIF, AVIF…) are transcoded; None leaves them out.
         max_side: downscale images so that the longer side has at most this many pixels.
+        channels: what images of other than 8-bit RGB must have; they are packed as they are.
     """
 
     prefix: str = "train"
@@ -55,6 +58,7 @@ class Packing:
     max_pixels: int = 50_000_000
     transcode: Form | None = None
     max_side: int | None = None
+    channels: Channels | None = None
 
 
 @dataclass(frozen=True)
@@ -145,10 +149,19 @@ def pack(
         delivery: the bucket to which finished shards are moved, in which case ``out`` is its staging directory.
 
     Raises:
+        ConfigError: channels are declared, and a library for them is not installed or an option does not apply.
         DataError: nothing to pack, shards of another packing exist, or another packing is running.
         StorageUnavailable: the bucket did not answer within ``outage_timeout``.
     """
     packing, out = packing or Packing(), Path(out)
+    if packing.channels is not None:
+        check_libraries()
+        if packing.transcode is not None or packing.max_side is not None:
+            raise ConfigError(
+                "images of declared channels are packed as they are",
+                where="--transcode, --max-side",
+                hint="Leave the option out, or resize the images beforehand",
+            )
     if not len(source):
         raise _nothing_to_pack(source)
     if not packing.prefix or "/" in packing.prefix or packing.prefix.startswith("."):
@@ -179,6 +192,8 @@ def _pack(
             "another `fovea shards pack` is running here", where=str(out), hint="Wait until it ends, or stop it"
         ) from None
     settings = asdict(packing)
+    if packing.channels is None:
+        del settings["channels"]  # as before there were any, so that such a packing resumes
     if packing.transcode is not None or packing.max_side is not None:
         from PIL import __version__
 
@@ -300,12 +315,24 @@ def _ahead(
         yield position, job.result()
 
 
+def _inspected(raw: Raw, channels: Channels, packing: Packing) -> HeaderInfo:
+    limits = {"min_side": packing.min_side, "max_pixels": packing.max_pixels}
+    if channels.members:
+        about = inspect_stack({raw.extension: raw.image, **raw.members}, channels, **limits)
+    else:
+        about = inspect(raw.image, channels, **limits)
+    return HeaderInfo(about.status, about.kind, about.width, about.height)
+
+
 def _prepare(source: Source, packing: Packing, position: int) -> _Prepared:
     """Returns the members of a sample and its notes, or None and the reason; and whether its image was transcoded."""
     try:
         raw = source.load(position)
     except SkippedSample as error:
         return None, (str(error),), False
+    if packing.channels is not None:
+        header = _inspected(raw, packing.channels, packing)
+        return (raw.sample(raw.image, header), raw.notes, False) if header.status == "ok" else (None, (header.status,), False)
     header = inspect_header(raw.image, min_side=packing.min_side, max_pixels=packing.max_pixels)
     form: Form | None = None
     if header.status in ("unsupported", "not_image"):

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from pipeline.data.index.fields import Fields
 from pipeline.data.index.image_header import HeaderInfo
+from pipeline.data.settings import SCIENTIFIC_EXTENSIONS
 from pipeline.errors import DataError
 from pipeline.untrusted import open_regular
 
@@ -29,7 +30,20 @@ READ = (
     "pnm",
 )  # by the decoder
 IMAGES = (*READ, "gif", "avif", "heic", "heif", "tga", "ico", "psd", "dds")
-EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp", "tiff": "tif", "bmp": "bmp", "jpeg2000": "jp2", "pnm": "ppm"}
+SCIENTIFIC = (*IMAGES, *SCIENTIFIC_EXTENSIONS)
+"""Extensions of images where channels are declared."""
+EXTENSIONS = {
+    "jpeg": "jpg",
+    "png": "png",
+    "webp": "webp",
+    "tiff": "tif",
+    "bmp": "bmp",
+    "jpeg2000": "jp2",
+    "pnm": "ppm",
+    "npy": "npy",
+    "dicom": "dcm",
+}
+_READ_BY_TRAINING = frozenset((*Fields().images, *SCIENTIFIC_EXTENSIONS))
 MAX_FILE = 1 << 30  # maximum size of a packed file or member, bytes
 
 
@@ -58,14 +72,16 @@ class Raw:
 
         Args:
             image: encoded bytes.
-            header: result of validating their header.
+            header: result of validating their header; of format ``stack``, all members stay as they are.
         """
+        if header.format == "stack":
+            return {self.extension: image, **self.members}
         fitting = EXTENSIONS[header.format]
         if not self.extension:
             about = {**self.members.get("json", {}), "width": header.width, "height": header.height}
             return {fitting: image, **self.members, "json": about}
         # Training finds an image by the extensions of the index.
-        keep = (image is self.image and self.extension in Fields().images) or fitting in self.members
+        keep = (image is self.image and self.extension in _READ_BY_TRAINING) or fitting in self.members
         extension = self.extension if keep else fitting
         return {extension: image, **self.members}
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data import storage
+from pipeline.data.formats.channels import Channels
+from pipeline.data.formats.read import sniff
 from pipeline.data.index.captions import REPLACED, decode_text
 from pipeline.data.index.image_header import inspect_header
 from pipeline.data.index.labels import LabelMode, maybe_none, number_labels
@@ -21,7 +23,18 @@ from pipeline.data.pack import tables
 from pipeline.data.pack.layouts import LAYOUTS, Layout, recognize
 from pipeline.data.pack.listing import BROKEN, LINK, File, Listing, list_files, litter_reason, lost_by_links
 from pipeline.data.pack.members import Members, digest_of, files_of, tars_of
-from pipeline.data.pack.samples import IMAGES, MAX_FILE, READ, Raw, SkippedSample, Source, is_below, read_file, real_folder
+from pipeline.data.pack.samples import (
+    IMAGES,
+    MAX_FILE,
+    READ,
+    SCIENTIFIC,
+    Raw,
+    SkippedSample,
+    Source,
+    is_below,
+    read_file,
+    real_folder,
+)
 from pipeline.errors import ConfigError, DataError
 from pipeline.untrusted import printable
 
@@ -37,7 +50,7 @@ __all__ = [
     "SourceImage",
     "open_source",
 ]
-_IMAGES, _PROBED = frozenset(IMAGES), frozenset(READ)
+_PROBED = frozenset(READ)
 _CAPTION = "txt"
 _MAX_CAPTION = 4 << 20  # bytes
 
@@ -56,6 +69,7 @@ class Options:
         labels: ``names`` treats numbers as class names.
         classes: class names whose positions are the class indices; empty: those of the source, sorted.
         max_file: maximum size of a file or member, bytes.
+        channels: what images of other than 8-bit RGB must have.
     """
 
     use_damaged: bool = False
@@ -64,6 +78,17 @@ class Options:
     labels: LabelMode = "auto"
     classes: tuple[str, ...] = ()
     max_file: int = MAX_FILE
+    channels: Channels | None = None
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Extensions of images; of the files that make one, if there are several."""
+        return IMAGES if self.channels is None else self.channels.members or SCIENTIFIC
+
+    @property
+    def stacked(self) -> bool:
+        """Whether several files make an image."""
+        return self.channels is not None and bool(self.channels.members)
 
 
 def open_source(
@@ -94,10 +119,16 @@ def open_source(
     listing: Listing | None = None
     if path.is_dir() and layout != "table" and not storage.is_remote(where):
         listing = list_files(path, follow_links=bool(options.follow_links))
-        _check_links(listing, where, options.follow_links)
-    chosen = _look(path, where, listing) if layout == "auto" else layout
+        _check_links(listing, where, options)
+    chosen = _look(path, where, listing, options) if layout == "auto" else layout
     if options.roots and chosen != "table":
         raise ConfigError("applies to tables only", where="--root", hint="Leave it out")
+    if options.stacked and chosen not in ("files", "shards"):
+        raise ConfigError(
+            f"the layout {chosen} has one file for each image, and --channels names several",
+            where="--layout",
+            hint="Use files: names that are equal up to the first dot belong together, KEY.cls is the class",
+        )
     if chosen in ("files", "shards", "flat") and (options.classes or options.labels != "auto"):
         raise ConfigError(f"the layout {chosen} keeps labels as they are", where="--labels, --classes", hint="Leave them out")
     if chosen == "table":
@@ -106,17 +137,21 @@ def open_source(
         urls = storage.expand(where, store)
         if layout == "auto":
             _check_downloads(path)
-        return tars_of(store, urls, options.use_damaged or use_damaged, listing, options.max_file)
+        damaged = options.use_damaged or use_damaged
+        return tars_of(store, urls, damaged, listing, options.max_file, options.images, options.stacked)
     if listing is None:
         raise DataError("must be a folder" if path.exists() else "does not exist", where=where, hint="Give another --layout")
     if chosen == "files":
-        return files_of(store, listing, options.max_file, _allowed_roots(listing.root, options))
+        roots = _allowed_roots(listing.root, options)
+        return files_of(store, listing, options.max_file, roots, options.images, options.stacked)
     return _of_folder(listing, where, options, classes=chosen == "folder")
 
 
-def _look(path: Path, where: str, listing: Listing | None) -> Layout:
+def _look(path: Path, where: str, listing: Listing | None, options: Options) -> Layout:
     if listing is not None:
-        return recognize(listing, where)
+        if options.stacked and not any(file.extension == "tar" for file in listing.files):
+            return "files"  # only there do files of one name belong together
+        return recognize(listing, where, frozenset(options.images))
     if path.suffix.lower() in tables.KINDS and path.is_file():
         return "table"
     if path.suffix.lower() == ".tar" or "{" in where or "*" in where or "://" in where:
@@ -143,10 +178,10 @@ def _check_downloads(path: Path) -> None:
         )
 
 
-def _check_links(listing: Listing, where: str, follow_links: bool | None) -> None:
-    if follow_links is not None:
+def _check_links(listing: Listing, where: str, options: Options) -> None:
+    if options.follow_links is not None:
         return
-    lost = lost_by_links(listing, _IMAGES)
+    lost = lost_by_links(listing, frozenset(options.images))
     if lost:
         links = sum(listing.reasons.get(reason, 0) for reason in (LINK, BROKEN))
         shown = ", ".join(printable(name) for name in lost[:3]) + (" …" if len(lost) > 3 else "")
@@ -255,8 +290,9 @@ def _of_folder(listing: Listing, where: str, options: Options, *, classes: bool)
     images: list[File] = []
     left_out, remarks = list(listing.left_out), []
     texts: dict[str, File] = {}
+    extensions = frozenset(options.images)
     for file in listing.files:
-        if file.extension in _IMAGES:
+        if file.extension in extensions:
             if file.size:
                 images.append(file)
             else:
@@ -268,7 +304,7 @@ def _of_folder(listing: Listing, where: str, options: Options, *, classes: bool)
         else:
             left_out.append((file.shown, "shard_file" if file.extension == "tar" else "not_an_image"))
     tops = [file.parts[0] if classes and "/" in file.shown else None for file in images]
-    usable, without = _usable_classes(images, tops, listing)
+    usable, without = _usable_classes(images, tops, listing, options)
     if without:
         remarks.append(f"{len(without)} folders contain no usable image and are not a class: {_few(without)}")
     labels = [(file.shown, top if top in usable else None) for file, top in zip(images, tops, strict=True)]
@@ -313,11 +349,13 @@ def _of_folder(listing: Listing, where: str, options: Options, *, classes: bool)
     )
 
 
-def _usable_classes(images: Sequence[File], tops: Sequence[str | None], listing: Listing) -> tuple[set[str], list[str]]:
+def _usable_classes(
+    images: Sequence[File], tops: Sequence[str | None], listing: Listing, options: Options
+) -> tuple[set[str], list[str]]:
     """Returns top-level directories with a readable image, and those that look like a class but have none."""
     usable: set[str] = set()
     for file, top in zip(images, tops, strict=True):
-        if top is not None and top not in usable and _seems_complete(file):
+        if top is not None and top not in usable and _seems_complete(file, options):
             usable.add(top)
     if not any(tops):
         return usable, []
@@ -327,8 +365,13 @@ def _usable_classes(images: Sequence[File], tops: Sequence[str | None], listing:
     return usable, sorted(others - usable)
 
 
-def _seems_complete(file: File) -> bool:
+def _seems_complete(file: File, options: Options) -> bool:
     """Whether an image's header and end are present; formats that need transcoding count as complete."""
+    if options.channels is not None:
+        try:
+            return sniff(read_file(file.path)) != "none"
+        except SkippedSample:
+            return False
     if file.extension not in _PROBED:
         return True
     try:

@@ -15,7 +15,6 @@ Everything is a function of (seed, index), so any part of the data set can be ge
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from PIL import Image
 
 from pipeline.data.order.random import permutation, uniforms
 from pipeline.data.pack import shifts
-from pipeline.data.pack.shard_writer import ShardWriter
+from pipeline.data.pack.generated import write_generated
 from pipeline.errors import DataError
 
 Plane = NDArray[np.float32]
@@ -66,7 +65,6 @@ JPEG_QUALITY = 92
 VERSION = 3
 """Increase it when the images change: existing data sets are then generated again."""
 
-_VALIDATION = 1 << 40  # validation images have indices from here on
 _LAYOUT, _PIXELS, _LABELS = 0x5CE0, 0x5CE1, 0x5CE2  # identify the random draws
 _DRAWS = 20  # random numbers per object
 
@@ -172,44 +170,22 @@ def write(
     Returns:
         Paths of all shards, training first.
     """
-    folder = Path(directory)
     numbers = {"version": VERSION, "train": train, "val": val, "size": size, "seed": seed, "samples_per_shard": samples_per_shard}
-    expected = {**numbers, "look": _look(), **({"shift": [shift, shifts.VERSION]} if shift != "none" else {})}
-    stamp = folder / "scenes.json"
-    written = _already(stamp, expected)
-    if written is not None:
-        return written
-    stamp.unlink(missing_ok=True)
-    for old in folder.glob("scenes-*-[0-9]*.tar"):
-        old.unlink()
-    shards: list[str] = []
-    done = 0
-    for part, first, count in (("train", 0, train), ("val", _VALIDATION, val)):
-        with ShardWriter(folder, f"scenes-{part}", samples_per_shard=samples_per_shard) as writer:
-            for number in range(count):
-                writer.write({"__key__": f"{part}_{number:07d}", **_sample(render(seed, first + number, size, shift))})
-                done += 1
-                if progress is not None:
-                    progress(done, train + val)
-        shards += writer.shards
-    document = {**expected, "shards": [[Path(shard).name, Path(shard).stat().st_size] for shard in shards]}
-    stamp.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return shards
+    return write_generated(
+        directory,
+        "scenes",
+        lambda index: _sample(render(seed, index, size, shift)),
+        {**numbers, "look": _look(), **({"shift": [shift, shifts.VERSION]} if shift != "none" else {})},
+        train=train,
+        val=val,
+        samples_per_shard=samples_per_shard,
+        progress=progress,
+    )
 
 
 def _look() -> list[Any]:
     knobs = (DOMINANT, DOMINANT_RADIUS, DISTRACTORS, DISTRACTOR_RADIUS, TEXTURE_PERIODS, CONTRAST)
     return [*map(list, knobs), CHROMA, OPPOSITION, GROUND_RELIEF, LIGHT, NOISE, INSIDE_P, JPEG_QUALITY]
-
-
-def _already(stamp: Path, expected: dict[str, Any]) -> list[str] | None:
-    try:
-        document = json.loads(stamp.read_text(encoding="utf-8"))
-        shards = [(stamp.parent / name, size) for name, size in document.pop("shards")]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    same = document == expected and all(path.is_file() and path.stat().st_size == size for path, size in shards)
-    return [str(path) for path, _ in shards] if same else None
 
 
 def _sample(scene: Scene) -> dict[str, Any]:

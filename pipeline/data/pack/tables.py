@@ -19,6 +19,7 @@ from typing import Any
 
 from pipeline.data.index.captions import REPLACED, clean_text, encoding_of
 from pipeline.data.pack.delimited import read_delimited
+from pipeline.data.storage.parquet import open_pyarrow
 from pipeline.errors import DataError
 from pipeline.untrusted import hide_secrets, open_regular, printable
 
@@ -27,7 +28,7 @@ _OWN = ("path", "label", "caption", "captions")
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _FETCH = "Images behind a url must be fetched first: img2dataset does it, and its output can be packed"
 _LIST = re.compile(r"""\s*\[\s*(['"]).*\1\s*\]\s*""", re.DOTALL)
-_OLDEST_PYARROW = 17  # the floor of the extra "parquet"; releases before 14.0.1 execute code of a file
+INSTALL_PYARROW = "Install it: pip install 'fovea[parquet]', or save the table as .csv or .jsonl"
 _MAX_LINE = 64 << 20  # maximum characters of a line of JSON
 _MAX_DEPTH = 64  # maximum depth of lists and objects in a column
 
@@ -60,13 +61,26 @@ def rows(table: Path) -> Iterator[Row]:
     Raises:
         DataError: it cannot be read, has no column ``path``, or a row does not fit.
     """
+    for position, row in records(table):
+        yield _row(position, row)
+
+
+def records(table: Path, column: str = "path") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the position and the values of each row. Some errors are raised only after the last row.
+
+    Args:
+        table: the file.
+        column: a column that it must have.
+
+    Raises:
+        DataError: it cannot be read, has no such column, or a row does not fit.
+    """
     kind = table.suffix.lower()
     if kind not in KINDS:
         raise DataError("is not a table", where=str(table), hint=f"Give a file that ends in one of {', '.join(KINDS)}")
     reader = {".jsonl": _jsonl, ".parquet": _parquet}.get(kind, _csv)
     try:
-        for position, row in reader(table):
-            yield _row(position, row)
+        yield from reader(table, column)
     except UnicodeError as error:
         raise _no_text(table) from error
     except OSError as error:
@@ -131,11 +145,11 @@ def _plain(value: Any, position: str, name: str, notes: list[str], depth: int = 
     return str(value)
 
 
-def _csv(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _csv(table: Path, column: str) -> Iterator[tuple[str, dict[str, Any]]]:
     with _open(table) as file:
-        names, records = read_delimited(file, str(table), tabs_first=table.suffix.lower() == ".tsv")
-        _check_columns(table, names)
-        for line, fields in records:
+        names, lines = read_delimited(file, str(table), tabs_first=table.suffix.lower() == ".tsv", column=column)
+        _check_columns(table, names, column)
+        for line, fields in lines:
             yield f"{table}:{line}", dict(zip(names, fields, strict=True))
 
 
@@ -167,8 +181,8 @@ def _no_text(table: Path) -> DataError:
     return DataError("is not UTF-8", where=str(table), hint="Save the table in UTF-8")
 
 
-def _jsonl(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    hint = 'Write lines such as {"path": "a.jpg"}'
+def _jsonl(table: Path, column: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    hint = f'Write lines such as {{"{column}": "a"}}'
     with _open(table) as file:
         for number, line in enumerate(_lines(file, table), start=1):
             position = f"{table}:{number}"
@@ -182,8 +196,8 @@ def _jsonl(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if not isinstance(row, dict):
                 raise DataError(f"must be an object, not {type(row).__name__}", where=position, hint=hint)
             _check_spelling(row, position)
-            if _blank(row.get("path")):
-                raise DataError("has no path", where=position, hint=hint + _download(row))
+            if _blank(row.get(column)):
+                raise DataError(f"has no {column}", where=position, hint=hint + _download(row))
             yield position, row
 
 
@@ -209,35 +223,18 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def open_pyarrow(table: Path) -> tuple[Any, Any]:
-    """The modules ``pyarrow`` and ``pyarrow.parquet`` of the optional dependency.
-
-    Raises:
-        DataError: it is not installed, or a version older than the extra admits, as another package may have installed.
-    """
-    hint = "Install it: pip install 'fovea[parquet]', or save the table as .csv or .jsonl"
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise DataError("pyarrow is not installed", where=str(table), hint=hint) from error
-    if int(pyarrow.__version__.partition(".")[0]) < _OLDEST_PYARROW:
-        raise DataError(f"pyarrow {pyarrow.__version__} must be at least {_OLDEST_PYARROW}", where=str(table), hint=hint)
-    return pyarrow, parquet
-
-
-def _parquet(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    pyarrow, parquet = open_pyarrow(table)
+def _parquet(table: Path, column: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    pyarrow, parquet = open_pyarrow(str(table), hint=INSTALL_PYARROW)
     os.close(open_regular(table, where=str(table)))
     number = 0
     try:
         with parquet.ParquetFile(table) as file:
             schema = file.schema_arrow
-            _check_columns(table, schema.names)
-            kind = schema.field("path").type
+            _check_columns(table, schema.names, column)
+            kind = schema.field(column).type
             kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
             if not any(check(kind) for check in (pyarrow.types.is_string, pyarrow.types.is_large_string, _string_view(pyarrow))):
-                raise DataError(f"column 'path' must contain text, not {kind}", where=str(table), hint="Write paths as strings")
+                raise DataError(f"column {column!r} must contain text, not {kind}", where=str(table), hint="Write it as strings")
             for batch in file.iter_batches(batch_size=4096):
                 for row in batch.to_pylist():
                     number += 1
@@ -255,7 +252,7 @@ def _string_view(pyarrow: Any) -> Any:
     return getattr(pyarrow.types, "is_string_view", lambda kind: False)
 
 
-def _check_columns(table: Path, names: Any) -> None:
+def _check_columns(table: Path, names: Any, column: str) -> None:
     twice = [name for name, n in Counter(names).items() if n > 1]
     if twice:
         hint = "Give every column a unique name"
@@ -263,10 +260,11 @@ def _check_columns(table: Path, names: Any) -> None:
             f"has {len(twice)} column names twice, such as {printable(twice[0], limit=60)!r}", where=str(table), hint=hint
         )
     _check_spelling(names, str(table))
-    if "path" not in names:
+    if column not in names:
         shown = ", ".join(printable(str(name), limit=30) for name in list(names)[:8])
-        hint = "Name the columns path, caption, label in the first line" + _download(names)
-        raise DataError(f"has no column 'path' (it has: {shown or 'none'})", where=str(table), hint=hint)
+        usual = "path, caption, label" if column == "path" else column
+        hint = f"Name the columns {usual} in the first line{_download(names)}"
+        raise DataError(f"has no column {column!r} (it has: {shown or 'none'})", where=str(table), hint=hint)
 
 
 def _check_spelling(names: Iterable[str], where: str) -> None:

@@ -7,11 +7,14 @@ classifies each pair as matching or not (sigmoid).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
 from pipeline.config.schema import Config
+from pipeline.config.sizes import grid_of
 from pipeline.data.augment.views import Batch
 from pipeline.methods.base import Step
 from pipeline.methods.clip.settings import ClipSettings
@@ -63,7 +66,7 @@ class CLIP(Contrastive):
         s, images = self.settings, batch.views["image"][0]
         keep = None
         if self.training and s.patch_dropout > 0:
-            patches = (images.shape[-1] // self.backbone.patch) ** 2
+            patches = math.prod(grid_of(images.shape[-2:], self.backbone.patch))
             keep = random_keep(batch.numbers(), batch.position, patches, s.patch_dropout)
         with torch.set_grad_enabled(torch.is_grad_enabled() and "image" not in s.freeze):
             tokens = self.backbone(images, keep=keep, patches="none" if self.pool is None else "all")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pipeline import losses
 from pipeline.config.schema import Config
+from pipeline.config.sizes import square_side
 from pipeline.data.augment.settings import GLOBAL_VIEWS
 from pipeline.data.augment.views import Batch, ViewSpec
 from pipeline.errors import ConfigError
@@ -38,6 +39,9 @@ PAIRINGS = {
     "same": (losses.Pairing((0, 1), (1.0, 0.0), 1), losses.Pairing((1, 2), (0.0, 1.0), 1)),
     "both": (losses.Pairing((0, 2), (0.5, 0.5), 1),),
 }
+
+
+_SIZE = "method.views.global_size"
 
 
 @dataclass(frozen=True)
@@ -73,11 +77,18 @@ class DetailCLIP(Contrastive):
         super().__init__(backbone, settings, scale=settings.init_logit_scale)
         s = settings
         self.views = detailclip_views(s)
-        self.grid = s.views.global_size // backbone.patch
+        self.grid = square_side(s.views.global_size, where=_SIZE) // backbone.patch
         self.head = PrototypeHead(
             backbone.width, hidden=s.head_hidden, bottleneck=s.head_bottleneck, prototypes=s.prototypes, layers=s.head_layers
         )
-        self.decoder = Decoder(backbone.width, grid=self.grid, patch=backbone.patch, depth=s.decoder_depth, heads=s.decoder_heads)
+        self.decoder = Decoder(
+            backbone.width,
+            grid=self.grid,
+            patch=backbone.patch,
+            depth=s.decoder_depth,
+            heads=s.decoder_heads,
+            channels=backbone.in_channels,
+        )
         # Prototypes are unit vectors; masked positions use the decoder's mask token, not the tower's.
         for frozen in (self.head.last.gain, backbone.mask_token):
             if frozen is not None:
@@ -249,8 +260,9 @@ def build(config: Config, settings: DetailClipSettings) -> DetailCLIP:
         ConfigError: the teacher's view size is not a multiple of the patch size, or exceeds the student's.
     """
     tower = build_tower(config.model, image_size=settings.views.global_size)
-    side = settings.teacher_size or settings.views.global_size
-    if side % tower.patch or side > settings.views.global_size:
+    own = square_side(settings.views.global_size, where=_SIZE)
+    side = settings.teacher_size or own
+    if side % tower.patch or side > own:
         raise ConfigError(
             f"the teacher cannot see {side} pixels: patches have {tower.patch}, the student's views {settings.views.global_size}",
             where="method.teacher_size",

@@ -11,9 +11,9 @@ import copy
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,11 @@ from typing_extensions import override
 
 from pipeline import losses
 from pipeline.config.schema import Config
+from pipeline.config.sizes import square_side
 from pipeline.data.augment.operators import Augment
 from pipeline.data.augment.settings import GLOBAL_VIEWS
 from pipeline.data.augment.views import Batch, Masks, MaskSpec, ViewSet, ViewSpec
+from pipeline.data.channel_settings import ChannelSettings
 from pipeline.errors import ConfigError
 from pipeline.methods.base import Method, Step, kept
 from pipeline.methods.dinov2.settings import Dinov2Settings
@@ -93,6 +95,12 @@ class DINOv2(Method):
     def view_sets(self) -> tuple[ViewSet, ...]:
         """One set of views for each of the settings' resolutions."""
         return self._sets or super().view_sets
+
+    @override
+    def of_channels(self, settings: ChannelSettings | None) -> Self:
+        """Also those of all resolutions."""
+        self._sets = tuple(replace(one, views=tuple(v.of_channels(settings) for v in one.views)) for one in self._sets)
+        return super().of_channels(settings)
 
     @torch.no_grad()
     def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
@@ -171,7 +179,8 @@ class DINOv2(Method):
         if self.gram is not None:
             with torch.no_grad():
                 anchor = self.gram["backbone"](torch.cat(batch.views.get("gram", batch.views["global"]))).patches
-                anchor = losses.resampled_patches(anchor, math.isqrt(patches.shape[1]))  # [2 * batch, patches, width]
+                if "gram" in batch.views:  # of another size, and square like the global crops
+                    anchor = losses.resampled_patches(anchor, math.isqrt(patches.shape[1]))  # [2 * batch, patches, width]
             terms["gram"] = s.gram_weight * losses.gram(patches, anchor)
         return terms
 
@@ -289,12 +298,16 @@ def dinov2_views(settings: Dinov2Settings, *, patch: int) -> tuple[ViewSpec, ...
     Args:
         settings: sizes, scales and probabilities.
         patch: patch side of the backbone in pixels.
+
+    Raises:
+        ConfigError: the Gram anchor uses another size, and the global crops are not square.
     """
     v, a = settings.views, settings.augment
     views = multi_crop(v, a, mask=MaskSpec(patch, settings.mask_probability, settings.mask_ratio))
     side = settings.gram_size if settings.gram_weight else None
     if side is None:
         return views
+    square_side(v.global_size, where="method.views.global_size")  # the anchor's features are resampled to a square grid
     plain, normalize = Augment(flip_probability=a.flip_probability), views[0].normalize
     anchored = ViewSpec(
         "gram", GLOBAL_VIEWS, side, v.global_scale, (plain,), normalize=normalize, same_as="global", interpolation=v.interpolation

@@ -7,7 +7,18 @@ from typing import Literal, Self
 from pydantic import Field
 from typing_extensions import override
 
-from pipeline.config.types import Count, Length, NonNegative, PathName, Positive, Probability, Settings, Share, ShareRange
+from pipeline.config.types import (
+    Count,
+    ImageSize,
+    Length,
+    NonNegative,
+    PathName,
+    Positive,
+    Probability,
+    Settings,
+    Share,
+    ShareRange,
+)
 from pipeline.data.augment.settings import AugmentSettings, MultiCropSettings
 from pipeline.methods.settings import MethodSettings, register
 
@@ -16,11 +27,11 @@ class Resolution(Settings):
     """One set of crop sizes, where the sizes change from step to step."""
 
     weight: Positive = Field(default=1.0, description="relative frequency of steps with these sizes")
-    global_size: int | None = Field(
-        default=None, ge=8, le=4096, description="side of a global crop in pixels; null means views.global_size"
+    global_size: ImageSize | None = Field(
+        default=None, description="side of a global crop in pixels, or [height, width]; null means views.global_size"
     )
-    local_size: int | None = Field(
-        default=None, ge=8, le=4096, description="side of a local crop in pixels; null means views.local_size"
+    local_size: ImageSize | None = Field(
+        default=None, description="side of a local crop in pixels, or [height, width]; null means views.local_size"
     )
     gram_size: int | None = Field(
         default=None, ge=8, le=4096, description="side of the Gram anchor's input in pixels; null means method.gram_size"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, Literal
 
+from pipeline.config.sizes import shortest_side
 from pipeline.data.augment.operators import Augment
 from pipeline.data.augment.settings import GLOBAL_VIEWS, AugmentSettings, MultiCropSettings
 from pipeline.data.augment.views import (
@@ -76,11 +77,11 @@ def multi_crop(
     Args:
         v: sizes, counts and scales.
         a: augmentation.
-        blur_kernel: width of the blur kernel in pixels for a view of the given side.
+        blur_kernel: width of the blur kernel in pixels for a view whose shorter side is given.
         mask: block masks of the global crops.
     """
     normalize = NORMALIZE[a.normalize]
-    both = global_augments(a, blur_kernel=blur_kernel(v.global_size))
+    both = global_augments(a, blur_kernel=blur_kernel(shortest_side(v.global_size)))
     views = [
         ViewSpec(
             "global",
@@ -94,7 +95,7 @@ def multi_crop(
         )
     ]
     if v.local_count:
-        small = local_augment(a, blur_kernel=blur_kernel(v.local_size))
+        small = local_augment(a, blur_kernel=blur_kernel(shortest_side(v.local_size)))
         views.append(
             ViewSpec(
                 "local", v.local_count, v.local_size, v.local_scale, (small,), normalize=normalize, interpolation=v.interpolation

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.checkpoint.files import verify
 from pipeline.config.schema import Config
+from pipeline.config.sizes import Size
 from pipeline.errors import CheckpointError
 from pipeline.methods.dinov2.settings import Dinov2Settings
 from pipeline.models.settings import ModelSettings
@@ -110,7 +111,7 @@ def _of_checkpoint(source: Source) -> Described:
     return Described(source, architecture, heads, parameters, notes, config if heads else None)
 
 
-def _own(model: dict[str, Any], size: int, normalize: str, why: str) -> Architecture:
+def _own(model: dict[str, Any], size: Size, normalize: str, why: str) -> Architecture:
     """The architecture that fovea's own settings name."""
     keys = [f"model.{key}" for key in model]
     return Architecture(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.schema import Config
+from pipeline.config.sizes import shortest_side
 from pipeline.config.types import Length
 from pipeline.errors import ConfigError, DataError
 from pipeline.weights.adapt.describe import Described
@@ -143,7 +144,7 @@ def _method(weights: Described, images: Images, micro: int | None, warm: int, re
         own |= {"name": "dinov2", "freeze_last_layer": f"{warm} steps"}
         reasons["method"] = "the settings and heads of the run that the weights are from"
         return own
-    patch, native = _patch_of(weights), weights.architecture.image_size
+    patch, native = _patch_of(weights), shortest_side(weights.architecture.image_size)
     side = max(min(native, _LARGEST_VIEW) // patch, 2) * patch
     local = max(round(side * 3 / 7 / patch), 1) * patch
     reasons["method.views.global_size"] += f", at most {_LARGEST_VIEW}" if native > side else ""

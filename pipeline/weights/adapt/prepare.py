@@ -14,6 +14,7 @@ from pipeline.config.layers import Branch, Problem, grown, merge, override, unwr
 from pipeline.config.load import Loaded, load, problems_of
 from pipeline.config.paths import absolute, patterns
 from pipeline.config.schema import Config
+from pipeline.config.sizes import size_text
 from pipeline.data.index.image_header import open_header, sniff
 from pipeline.data.index.manifest import Manifest
 from pipeline.data.indexing import Progress, indexed, open_storage
@@ -96,7 +97,7 @@ def prepare(
         facts=[
             ("command", command_line(command)),
             ("again", f"fovea train {directory / FILE}   (the same command resumes the run)"),
-            ("weights", f"layout {a.layout}, {described.parameters:,} parameters, images of {a.image_size} pixels"),
+            ("weights", f"layout {a.layout}, {described.parameters:,} parameters, images of {size_text(a.image_size)} pixels"),
             ("images", f"{images.count} in {len(manifest.shards)} shards{', gray' if images.gray else ''}"),
         ],
         notes=described.notes,

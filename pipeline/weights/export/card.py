@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 import yaml
 
-from pipeline.weights.export.networks import Networks, meta
+from pipeline.config.sizes import height_width
+from pipeline.data.formats.channels import full_range
+from pipeline.weights.export.networks import Networks, Preprocessing, meta
 
 
 def card(networks: Networks, *, layout: str, usage: str, notes: Sequence[str], license_: str, name: str) -> str:
@@ -41,10 +43,11 @@ def card(networks: Networks, *, layout: str, usage: str, notes: Sequence[str], l
         "written by": f"fovea {manifest.get('fovea', '?')}, torch {manifest.get('torch', '?')}",
     }
     reading = {
-        "size": f"{p.size} x {p.size} pixels, the center of the image ({p.centre:.0%} of its shorter side)",
+        "size": _size(p),
         "interpolation": f"{p.interpolation}, antialiased",
         "mean": ", ".join(map(str, p.mean)),
         "standard deviation": ", ".join(map(str, p.std)),
+        **_channels(p),
         "patch": f"{networks.tower.patch} pixels",
     }
     known = manifest.get("scores", {})
@@ -62,6 +65,22 @@ def card(networks: Networks, *, layout: str, usage: str, notes: Sequence[str], l
         parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in notes))
     parts.append(f"## Settings\n\n```json\n{json.dumps(meta(config), indent=1)}\n```")
     return "\n\n".join(parts) + "\n"
+
+
+def _size(p: Preprocessing) -> str:
+    height, width = height_width(p.size)
+    if height == width:
+        return f"{height} x {width} pixels, the center of the image ({p.centre:.0%} of its shorter side)"
+    part = f"the largest centered part of this aspect ratio ({p.centre:.0%} of its sides)"
+    return f"{height} x {width} pixels (height x width), {part}"
+
+
+def _channels(p: Preprocessing) -> dict[str, str]:
+    """The channels of images that are not 8-bit RGB, and what the normalization calls one."""
+    if not p.channels:
+        return {}
+    unit = "values as they are" if p.dtype == "float32" else f"values divided by {full_range(p.dtype):.0f}"
+    return {"channels": f"{p.count}: {', '.join(p.channels)}", "values": f"{p.dtype}; mean and standard deviation are of {unit}"}
 
 
 def _table(rows: dict[str, str]) -> str:

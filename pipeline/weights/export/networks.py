@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from pipeline.checkpoint.files import Saved, verify
 from pipeline.config.schema import Config
+from pipeline.config.sizes import Size, is_divisible, shortest_side, size_text
 from pipeline.data.augment.views import Normalize
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.methods.registry import build_method
@@ -25,20 +26,36 @@ Network = Literal["auto", "teacher", "student"]
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Image preprocessing of a network: resize the shorter side to ``size / centre``, then centre-crop ``size``.
+    """Image preprocessing of a network: the largest centred box of the aspect ratio of ``size``, times ``centre``, resized to it.
 
     Attributes:
-        size: side of the crop in pixels.
-        centre: side of the centre crop as a fraction of the shorter side.
+        size: side of a square, or height and width, in pixels.
+        centre: sides of the box as a fraction of the largest one's.
         mean, std: normalization, as fractions of full intensity.
         interpolation: resize interpolation.
+        channels: names of the channels; empty for red, green and blue.
+        dtype: type of the values whose full range is one; float32 values are used as they are.
     """
 
-    size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    size: Size
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     centre: float = 1.0
     interpolation: str = "bicubic"
+    channels: tuple[str, ...] = ()
+    dtype: str = "uint8"
+
+    @property
+    def count(self) -> int:
+        """Number of channels."""
+        return len(self.channels) or 3
+
+    def document(self) -> dict[str, Any]:
+        """All of it for JSON; channels and type only where they are not 8-bit RGB."""
+        document = asdict(self)
+        if not self.channels:
+            del document["channels"], document["dtype"]
+        return document
 
 
 @dataclass(frozen=True)
@@ -88,7 +105,24 @@ class Networks:
                 where="--to",
                 hint="Export it to timm, onnx or safetensors",
             )
+        if self.preprocessing.channels:
+            raise ConfigError(
+                f"the format is for RGB images, and these have {self.preprocessing.count} channels",
+                where="--to",
+                hint="Export it to timm, onnx or safetensors",
+            )
+        if not isinstance(self.preprocessing.size, int):
+            raise ConfigError(
+                f"the format is for square images, and these have {size_text(self.preprocessing.size)} pixels",
+                where="--to",
+                hint="Export it to timm, onnx or safetensors, or give a side with --size",
+            )
         return self.tower
+
+    @property
+    def side(self) -> int:
+        """Side of the images in pixels, for formats of square images, see :meth:`transformer`."""
+        return shortest_side(self.preprocessing.size)
 
     def state(self) -> dict[str, torch.Tensor]:
         """All tensors, fp32, by network: ``backbone.vit.…`` (of a ResNet ``backbone.net.…``), ``text.…``, ``logits.…``."""
@@ -123,7 +157,7 @@ def read(
     saved: Saved,
     *,
     network: Network = "auto",
-    size: int | None = None,
+    size: Size | None = None,
     config: Config | None = None,
     student: str | None = None,
 ) -> Networks:
@@ -132,7 +166,7 @@ def read(
     Args:
         saved: the checkpoint; its files' checksums are verified.
         network: the teacher's or the student's; ``auto`` is the method's own choice.
-        size: side in pixels of the images the tower will be used on; default is the training size.
+        size: side, or height and width, in pixels of the images the tower will be used on; default is the training size.
         config: the configuration, if it should not be read from the checkpoint.
         student: name of one of several jointly trained students; default is the one that ``model`` describes.
 
@@ -167,9 +201,9 @@ def read(
         own = "student"
     view = method.views[0]
     side = size or view.size
-    if isinstance(tower, VisionTower) and side % tower.patch:
+    if isinstance(tower, VisionTower) and not is_divisible(side, tower.patch):
         raise ConfigError(
-            f"images of {side} pixels are not divisible into patches of {tower.patch}",
+            f"images of {size_text(side)} pixels are not divisible into patches of {tower.patch}",
             where="--size",
             hint=f"Choose a multiple of {tower.patch}",
         )
@@ -185,11 +219,19 @@ def read(
         tower=tower.float().eval(),
         others={name: module.float().eval() for name, module in exported.items()},
         logits=logits if isinstance(logits, LogitScale) else None,
-        preprocessing=Preprocessing(side, normalize.mean, normalize.std),
+        preprocessing=Preprocessing(
+            side,
+            normalize.mean,
+            normalize.std,
+            channels=view.channels.names if view.channels is not None else (),
+            dtype=view.channels.dtype if view.channels is not None else "uint8",
+        ),
     )
 
 
 def meta(config: Config) -> dict[str, Any]:
     """The settings for a model card: everything needed to repeat the run."""
     tree = config.model_dump(mode="json")
-    return {name: tree[name] for name in ("method", "model", "optim", "schedule", "train")}
+    chosen = {name: tree[name] for name in ("method", "model", "optim", "schedule", "train")}
+    channels = tree["data"]["channels"]
+    return chosen if channels is None else {**chosen, "channels": channels}

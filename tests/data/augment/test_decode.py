@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter, ImageOps
 
+from pipeline.data.augment import pillow
 from pipeline.data.augment.decode import Decoder
 from pipeline.data.index.image_header import inspect_header
 
@@ -33,10 +34,10 @@ def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def rotated(orientation: int) -> bytes:
+def rotated(orientation: int, kind: str = "JPEG") -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return encode(picture(), "JPEG", quality=95, exif=exif)
+    return encode(picture(), kind, quality=95, exif=exif)
 
 
 FILES = {
@@ -60,6 +61,7 @@ FILES = {
     "ppm": encode(picture(), "PPM"),
     "jp2": encode(picture(), "JPEG2000"),
     **{f"orientation {n}": rotated(n) for n in range(1, 9)},
+    **{f"png orientation {n}": rotated(n, "PNG") for n in range(1, 9)},
 }
 BAD = {
     "empty": b"",
@@ -91,6 +93,29 @@ def test_sixteen_bits_are_scaled_to_eight(decoder: Decoder) -> None:
     gray = np.asarray(picture("L"))
     (image,) = decoder.decode([encode(Image.fromarray(gray.astype(np.uint16) * 257), "PNG")])
     assert np.abs(image.astype(int) - gray[:, :, None]).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_png_whose_exif_follows_the_pixels_has_the_size_that_it_is_decoded_to(decoder: Decoder, orientation: int) -> None:
+    data = rotated(orientation, "PNG")
+    at = data.index(b"eXIf") - 4
+    length = 12 + int.from_bytes(data[at : at + 4], "big")
+    moved = data[:at] + data[at + length : -12] + data[at : at + length] + data[-12:]
+    about, (image,) = inspect_header(moved), decoder.decode([moved])
+    assert about.status == "ok" and (about.height, about.width) == image.shape[:2]
+    assert np.array_equal(image, by_pillow(data)) and np.array_equal(image, pillow.decode(moved))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_sixteen_bits_are_turned_too(decoder: Decoder, orientation: int) -> None:
+    gray, exif = np.asarray(picture("L")), Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(Image.fromarray(gray.astype(np.uint16) * 257), "PNG", exif=exif)
+    expected = by_pillow(encode(picture("L"), "PNG", exif=exif))
+    about = inspect_header(data)
+    assert (about.status, about.height, about.width) == ("ok", *expected.shape[:2])
+    for image in (decoder.decode([data])[0], pillow.decode(data)):
+        assert image is not None and image.shape == expected.shape and np.abs(image.astype(int) - expected).max() <= 1
 
 
 def test_what_cannot_be_decoded_is_none_and_the_others_come_out_unharmed(decoder: Decoder) -> None:

@@ -8,9 +8,11 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from pipeline.data.index.build import Fields, index_shard
 from pipeline.data.index.labels import number_labels, read_label
@@ -96,7 +98,6 @@ def test_every_door_of_packing_gives_the_same_numbers(tmp_path: Path, kind: str)
     if kind == "jsonl":
         table.write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif kind == "parquet":
-        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
         parquet.write_table(pyarrow.Table.from_pylist(rows), table)
     elif kind != "folder":
         delimiter = "," if kind == "csv" else "\t"

@@ -7,9 +7,11 @@ import json
 import tarfile
 from pathlib import Path
 
+import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from pipeline.data.index.image_header import inspect_header
 from pipeline.data.pack.keys import unique_keys
@@ -161,7 +163,6 @@ def test_a_table_gives_labels_captions_and_facts(tmp_path: Path, kind: str) -> N
     if kind == "jsonl":
         table.write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif kind == "parquet":
-        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
         parquet.write_table(pyarrow.Table.from_pylist(rows), table)
     else:
         first = 'a.jpg,"a zebra,\n""striped""",zebra,free'

@@ -10,9 +10,11 @@ import shutil
 import sys
 from pathlib import Path
 
+import pyarrow
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from pipeline.data.index.captions import clean_text
 from pipeline.data.index.labels import read_label
@@ -36,7 +38,6 @@ def test_captions_may_be_lists(tmp_path: Path) -> None:
 
 
 def test_numbers_that_became_floats_for_a_gap_are_labels_still(tmp_path: Path) -> None:
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = tmp_path / "t.parquet"
     columns = {"path": ["a", "b"], "label": [3.0, math.nan], "captions": [["x", "y"], None], "score": [math.inf, 0.5]}
     parquet.write_table(pyarrow.table(columns), table)
@@ -202,7 +203,6 @@ def test_a_long_caption_is_kept_whole(tmp_path: Path) -> None:
 
 
 def test_parquet_types_that_are_no_table_are_refused(tmp_path: Path) -> None:
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = tmp_path / "t.parquet"
 
     def write(names: list[str], *columns: object) -> None:
@@ -351,6 +351,6 @@ def test_a_missing_or_old_pyarrow_is_one_error_with_the_extra_to_install(
     if version is None:
         monkeypatch.setitem(sys.modules, "pyarrow", None)
     else:
-        monkeypatch.setattr(pytest.importorskip("pyarrow"), "__version__", version)
+        monkeypatch.setattr(pyarrow, "__version__", version)
     with pytest.raises(DataError, match=r"t\.parquet: pyarrow .*pip install 'fovea\[parquet\]'"):
         list(rows(tmp_path / "t.parquet"))

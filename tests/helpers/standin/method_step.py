@@ -136,13 +136,14 @@ def _without_pixels() -> None:
             self._sets, self._device = sets, torch.device("cuda", device_id or 0)
 
         def run(self, images: list[Any], plan: Any, specs: Any = None, *_: Any, **__: Any) -> dict[str, list[Any]]:
-            shapes = {spec.name: (spec.count, spec.size) for spec in specs or self._sets[0]}
+            shapes = {spec.name: (spec.count, spec.shape) for spec in specs or self._sets[0]}
             return {
-                key: [torch.empty(len(images), 3, side, side, device=self._device) for _ in range(count)]
-                for key, (count, side) in shapes.items()
+                key: [torch.empty(len(images), 3, *shape, device=self._device) for _ in range(count)]
+                for key, (count, shape) in shapes.items()
             }
 
-    batch_stream.Decoder, batch_stream.Augmenter = Decoder, Augmenter  # type: ignore[assignment,misc]
+    batch_stream.decoder_of = lambda *_, **__: Decoder()  # type: ignore[assignment,return-value]
+    batch_stream.Augmenter = Augmenter  # type: ignore[assignment,misc]
 
 
 def _without_initial_weights() -> Any:

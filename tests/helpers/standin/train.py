@@ -25,7 +25,8 @@ def main() -> int:
     from pipeline.checkpoint import writer
     from pipeline.data.loader import batch_stream
 
-    batch_stream.Decoder = _on_cpu(batch_stream.Decoder)  # type: ignore[assignment,misc]
+    decoder_of = batch_stream.decoder_of
+    batch_stream.decoder_of = lambda *arguments, **options: decoder_of(*arguments, **{**options, "device_id": None})
     batch_stream.Augmenter = _on_cpu(batch_stream.Augmenter)  # type: ignore[assignment,misc]
     write = writer.write_tensors
 

@@ -111,13 +111,14 @@ def main(path: str, owner: int) -> None:
 
 def _convert_graphs() -> None:
     """Has DALI convert the functions of our graphs, which it then remembers; no thread is started."""
-    from pipeline.data.augment.dali import _graph, _groups, _Inputs
+    from pipeline.data.augment.dali import _graph, _Inputs
     from pipeline.data.augment.operators import Augment
+    from pipeline.data.augment.view_groups import groups_of
     from pipeline.data.augment.views import ViewSpec
 
     full = Augment(jitter_probability=1.0, gray_probability=1.0, blur_probability=1.0, solarize_probability=1.0)
     for hue in ("hsv", "yiq"):
-        for group in _groups((ViewSpec("all", 32, 1, (0.1, 1.0), augment=(full,)),)):
+        for group in groups_of((ViewSpec("all", 32, 1, (0.1, 1.0), augment=(full,)),)):
             _graph(group, _Inputs(hue, "cpu", read=[]), batch_size=1, num_threads=1, device_id=None, exec_dynamic=True)
 
 

@@ -13,21 +13,15 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from launch.cli.main import main
 from pipeline.checkpoint.files import read
 from pipeline.checkpoint.reader import read_student, read_teacher
 from pipeline.config.load import load
 from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import build_tower
+from tests.helpers.commands import fovea
 from tests.helpers.runs import train
 
 QUICK = ("data.num_workers=0", "tracking.enabled=false", "data.canonical_streams=4", "train.precision=fp32", "train.threads=1")
-
-
-def call(*words: str) -> int:
-    with pytest.raises(SystemExit) as left:
-        main(list(words))
-    return int(left.value.code or 0)
 
 
 def pack(path: Path, count: int, mode: str = "RGB") -> Path:
@@ -66,7 +60,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_config_is_an_ordinary_one_and_explains_each_choice(shards: Path, weights: Path, tmp_path: Path) -> None:
     words = ["adapt", str(shards), "--from", str(weights), "--to", "run", "--config-only", "train.duration=30 steps"]
-    assert call(*words, "adapt.freeze_backbone=10 steps", "schedule.lr.warmup=5 steps") == 0
+    assert fovea(*words, "adapt.freeze_backbone=10 steps", "schedule.lr.warmup=5 steps") == 0
     file = tmp_path / "run" / "adapt.yaml"
     config = load(file).config
     assert config.run.folder == tmp_path / "run" and config.init_from.source == str(weights)
@@ -84,7 +78,7 @@ def test_the_config_is_an_ordinary_one_and_explains_each_choice(shards: Path, we
 
 
 def test_the_default_folder_has_the_name_of_the_weights(shards: Path, weights: Path, tmp_path: Path) -> None:
-    assert call("adapt", str(shards), "--from", str(weights), "--config-only") == 0
+    assert fovea("adapt", str(shards), "--from", str(weights), "--config-only") == 0
     assert load(tmp_path / "runs" / "adapt-dinov2_tiny" / "adapt.yaml").config.run.name == "adapt-dinov2_tiny"
 
 
@@ -114,7 +108,7 @@ def test_what_cannot_work_is_refused(
     (tmp_path / "loose").mkdir()
     Image.new("RGB", (24, 24)).save(tmp_path / "loose" / "a.png")
     named = {"SHARDS": str(shards), "WEIGHTS": str(weights)}
-    assert call("adapt", *(named.get(word, word) for word in words), "--config-only") == 2
+    assert fovea("adapt", *(named.get(word, word) for word in words), "--config-only") == 2
     said = capsys.readouterr()
     assert message in said.err and "secret" not in said.err + said.out and "Traceback" not in said.err
     assert not list(tmp_path.glob("runs/*/*"))
@@ -123,14 +117,14 @@ def test_what_cannot_work_is_refused(
 @pytest.mark.parametrize("part", ["all", "last_blocks", "lora"])
 def test_the_part_that_is_trained_is_chosen_by_an_option(part: str, shards: Path, weights: Path, tmp_path: Path) -> None:
     words = ["adapt", str(shards), "--from", str(weights), "--to", "run", "--config-only", "--train", part]
-    assert call(*words, "adapt.lora.rank=2", "adapt.last_blocks=1") == 0
+    assert fovea(*words, "adapt.lora.rank=2", "adapt.last_blocks=1") == 0
     adapt = load(tmp_path / "run" / "adapt.yaml").config.adapt
     assert adapt.train == part and adapt.freeze_backbone.amount > 0
     assert adapt.backbone_lr_mult == (1.0 if part == "lora" else 0.1)
 
 
 def test_gray_images_are_recognized(weights: Path, tmp_path: Path) -> None:
-    assert call("adapt", str(pack(tmp_path / "gray.tar", 130, "L")), "--from", str(weights), "--to", "run", "--config-only") == 0
+    assert fovea("adapt", str(pack(tmp_path / "gray.tar", 130, "L")), "--from", str(weights), "--to", "run", "--config-only") == 0
     augment = load(tmp_path / "run" / "adapt.yaml").config.method.augment
     assert augment.hue_space == "off" and augment.gray_probability == 0
 
@@ -139,11 +133,11 @@ def test_a_run_that_has_begun_is_not_given_other_settings(
     shards: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["adapt", str(shards), "--from", str(weights), "--to", "run", "--config-only"]
-    assert call(*words) == 0
+    assert fovea(*words) == 0
     before = (tmp_path / "run" / "adapt.yaml").read_text()
-    assert call(*words) == 0  # the same command
+    assert fovea(*words) == 0  # the same command
     (tmp_path / "run" / "checkpoints").mkdir()
-    assert call(*words, "train.duration=2000 steps") == 2
+    assert fovea(*words, "train.duration=2000 steps") == 2
     assert "Choose another folder with --to" in capsys.readouterr().err
     assert (tmp_path / "run" / "adapt.yaml").read_text() == before
 
@@ -157,7 +151,7 @@ def tensors(run: Path, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]
 def test_heads_are_trained_first_and_the_tower_after_them(shards: Path, weights: Path, tmp_path: Path) -> None:
     settings = ["train.duration=6 steps", "adapt.freeze_backbone=2 steps", "schedule.lr.warmup=2 steps", "checkpoint.keep_last=6"]
     words = ["adapt", str(shards), "--from", str(weights), "--to", "run", "--config-only", *settings, *QUICK]
-    assert call(*words, "checkpoint.every=1 steps", "schedule.lr.start=1e-3") == 0
+    assert fovea(*words, "checkpoint.every=1 steps", "schedule.lr.start=1e-3") == 0
     done = train(tmp_path / "run" / "adapt.yaml", str(shards), tmp_path / "run")
     assert done.returncode == 0, done.stderr + done.stdout
     source = torch.load(weights, weights_only=True)

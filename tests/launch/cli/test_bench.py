@@ -26,7 +26,20 @@ def test_all_benchmarks_run_at_minimal_size_and_each_keeps_its_page(tmp_path: Pa
         for command in commands - {getattr(command, "func", command) for _, command, *_ in benchmarks()}
         if command
     }
-    assert left == {"all_", "adaptation", "loaders", "methods", "collapse_ablation", "dense_features", "readme"}
+    assert left == {
+        "all_",
+        "adaptation",
+        "chaos",
+        "curation",
+        "failures",
+        "kills",
+        "loaders",
+        "methods",
+        "collapse_ablation",
+        "dense_features",
+        "readme",
+        "snapshots",
+    }
 
 
 def test_a_bench_of_runs_that_is_killed_keeps_those_that_had_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

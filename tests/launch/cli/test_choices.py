@@ -6,7 +6,7 @@ import subprocess
 import sys
 from enum import EnumMeta
 from pathlib import Path
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -16,6 +16,9 @@ from pipeline.bench.checkpoint import MODELS
 from pipeline.bench.collapse_ablation import QUESTIONS
 from pipeline.bench.step import METHODS as STEP_METHODS
 from pipeline.config.schema import METHODS
+from pipeline.data.curation.balance import BalanceOptions
+from pipeline.data.curation.retrieve import RetrieveOptions
+from pipeline.data.embeddings.document import Pooling
 from pipeline.data.index.labels import LABEL_MODES
 from pipeline.data.pack.layouts import LAYOUTS
 from pipeline.data.pack.shifts import SHIFTS
@@ -25,13 +28,17 @@ from pipeline.weights.settings import AdaptSettings
 from tests.helpers.runs import ROOT
 
 LIBRARY = {
+    "BalanceMode": get_args(get_type_hints(BalanceOptions)["mode"]),
     "ExportFormat": FORMATS,
     "ImageFormat": FORMS,
     "Labels": LABEL_MODES,
     "Method": METHODS,
+    "Pooling": get_args(Pooling),
     "Question": QUESTIONS,
+    "RetrieveMode": get_args(get_type_hints(RetrieveOptions)["mode"]),
     "SourceLayout": LAYOUTS,
     "SceneShift": SHIFTS,
+    "Spectral": ("all", "rgb"),
     "StepMethod": STEP_METHODS,
     "Trained": get_args(AdaptSettings.model_fields["train"].annotation),
     "VitSize": MODELS,
@@ -46,8 +53,13 @@ OPTIONS = [
     (["shards", "pack", "in", "out"], "--transcode", "ImageFormat"),
     (["shards", "pack", "in", "out"], "--labels", "Labels"),
     (["shards", "index", "in"], "--on-truncated-shard", "OnTruncated"),
+    (["shards", "balance", "in", "--out", "out", "--target", "1"], "--mode", "BalanceMode"),
+    (["shards", "retrieve", "in", "--out", "out", "--like", "x"], "--mode", "RetrieveMode"),
+    (["embed", "run", "in", "--out", "out"], "--pooling", "Pooling"),
+    (["embed", "run", "in", "--out", "out"], "--dtype", "StoredType"),
     (["runs"], "--sort", "RunOrder"),
     (["shards", "synthesize", "out"], "--shift", "SceneShift"),
+    (["shards", "synthesize", "out"], "--spectral", "Spectral"),
     (["adapt", "in", "--from", "weights"], "--train", "Trained"),
     (["bench", "step"], "--method", "StepMethod"),
     (["bench", "step"], "--device", "Device"),

@@ -7,13 +7,19 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from launch.cli.estimate import advice, measure, needed, run
+from launch.cli.estimate_interval import checkpoint_bytes
+from launch.cli.main import app
 from pipeline.config.load import load
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
 from pipeline.methods.registry import build_method
+from pipeline.training.optimizers import AdamW, Lamb, Lars, Sgd
 from tests.helpers.runs import TOY
+
+KINDS = {"adamw": AdamW, "lamb": Lamb, "lars": Lars, "sgd": Sgd}
 
 LARGE = """
 method: {name: dinov2, prototypes: 131072}
@@ -43,7 +49,8 @@ def test_a_method_is_counted_as_it_is_built(tmp_path: Path) -> None:
 
 def test_the_table_the_teachers_share_and_the_advice_are_told(tmp_path: Path) -> None:
     out = StringIO()
-    assert run(loaded(tmp_path, TOY, "data.shards=/x/a.tar"), ranks=2, gigabytes=80, console=Console(file=out, width=120)) == 0
+    config = loaded(tmp_path, TOY, "data.shards=/x/a.tar")
+    assert run(config, measure(config), ranks=2, gigabytes=80, console=Console(file=out, width=120)) == 0
     text = out.getvalue()
     assert "Choose train.zero_stage=1" in text and "The teacher takes" in text and text.count("yes") == 8
 
@@ -57,9 +64,9 @@ def test_a_model_too_large_for_its_gpus_is_told_so_with_the_mend(tmp_path: Path)
     assert memory.teacher == 4 * sum(sizes.teacher)
     assert "train.micro_batch_size=" in advice(config, sizes, 8, 40e9)
     assert advice(config, sizes, 1, 20e9).startswith("Does not fit")
-    assert run(config, ranks=1, gigabytes=8, console=Console(file=StringIO())) == 1
+    assert run(config, sizes, ranks=1, gigabytes=8, console=Console(file=StringIO())) == 1
     with pytest.raises(ConfigError, match="are not divisible by 3"):
-        run(config, ranks=3, gigabytes=80)
+        run(config, sizes, ranks=3, gigabytes=80)
 
 
 def test_an_optimizer_in_host_memory_is_no_longer_counted_on_the_gpu(tmp_path: Path) -> None:
@@ -71,7 +78,7 @@ def test_an_optimizer_in_host_memory_is_no_longer_counted_on_the_gpu(tmp_path: P
     assert after.host == 5 * before.masters, "master, two moments, gradient and staging"
     for asked, said in ((config, False), (away, True)):
         out = StringIO()
-        run(asked, ranks=2, gigabytes=80, console=Console(file=out, width=120))
+        run(asked, sizes, ranks=2, gigabytes=80, console=Console(file=out, width=120))
         assert ("Host memory" in out.getvalue()) is said
 
 
@@ -94,3 +101,34 @@ def test_hours_follow_from_operations_and_the_peak() -> None:
         out = StringIO()
         assert cost(config, profile, ranks=4, efficiency=0.5, samples=6400, console=Console(file=out, width=120)) is None
         assert "Hours and cost are not estimated" in out.getvalue() and why in out.getvalue()
+
+
+@pytest.mark.parametrize(("name", "moments"), [("adamw", 2), ("lamb", 2), ("lars", 1), ("sgd", 1)])
+def test_moments_are_those_of_the_configured_optimizer(tmp_path: Path, name: str, moments: int) -> None:
+    config = loaded(tmp_path, TOY, "data.shards=/x/a.tar", f"optim.name={name}")
+    assert config.optim.moments == moments == len(KINDS[name].moments)
+    sizes = measure(config)
+    for stage in range(4):
+        memory = needed(config, sizes, stage, 2)[0]
+        masters = memory.masters or 4 * sizes.trained
+        assert memory.moments == moments * masters
+    assert checkpoint_bytes(config, sizes) == 4 * ((1 + moments) * sizes.trained + sum(sizes.frozen) + sum(sizes.teacher))
+
+
+def test_the_command_builds_the_method_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from launch.cli import estimate
+
+    calls: list[Config] = []
+
+    def counted(config: Config) -> estimate.Sizes:
+        calls.append(config)
+        return measure(config)
+
+    monkeypatch.setattr(estimate, "measure", counted)
+    path, site = tmp_path / "a.yaml", tmp_path / "site.yaml"
+    path.write_text(TOY)
+    site.write_text("gpus_per_node: 2\ngpu_tflops: 1\n")
+    arguments = ["estimate", str(path), "data.shards=/x/a.tar", "train.duration=100 steps", "--cluster", str(site)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0 and "loses least" in done.output, done.output
+    assert len(calls) == 1

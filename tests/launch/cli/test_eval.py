@@ -8,17 +8,11 @@ from pathlib import Path
 import pytest
 
 from launch.cli.eval import summarize
-from launch.cli.main import main
 from pipeline.config.load import show
 from pipeline.evaluation.results import EvalResult
 from pipeline.methods.registry import build_seeded_method
+from tests.helpers.commands import fovea
 from tests.helpers.evaluation import CPU, changed, toy, write_checkpoint
-
-
-def call(*words: str) -> int:
-    with pytest.raises(SystemExit) as left:
-        main(list(words))
-    return int(left.value.code or 0)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +30,7 @@ def test_without_arguments_knn_and_its_baselines_are_printed_and_written(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "120")
-    assert call("eval", str(run)) == 0
+    assert fovea("eval", str(run)) == 0
     out = capsys.readouterr().out
     document = json.loads((run / "evaluations" / "step_000000024.json").read_text())
     assert (document["checkpoint"], document["step"], document["samples_seen"]) == ("step_000000024", 24, 384)
@@ -55,14 +49,14 @@ def test_without_arguments_knn_and_its_baselines_are_printed_and_written(
 
 def test_a_checkpoint_and_an_output_file_may_be_named(run: Path, tmp_path: Path) -> None:
     older = run / "checkpoints" / "step_000000012"
-    assert call("eval", str(older), "--only", "knn", "--baselines", "--output", str(tmp_path / "new" / "scores.json")) == 0
+    assert fovea("eval", str(older), "--only", "knn", "--baselines", "--output", str(tmp_path / "new" / "scores.json")) == 0
     document = json.loads((tmp_path / "new" / "scores.json").read_text())
     assert document == json.loads((run / "evaluations" / "step_000000012.json").read_text())
     assert document["scores"]["knn/k5"] == document["scores"]["baseline/random_init/knn/k5"], "the weights of the seed"
 
 
 def test_named_evaluators_come_without_baselines(run: Path, tmp_path: Path) -> None:
-    assert call("eval", str(run), "--knn", "--output", str(tmp_path / "scores.json")) == 0
+    assert fovea("eval", str(run), "--knn", "--output", str(tmp_path / "scores.json")) == 0
     assert set(json.loads((tmp_path / "scores.json").read_text())["scores"]) == {"knn/k1", "knn/k5"}
 
 
@@ -76,7 +70,7 @@ def test_named_evaluators_come_without_baselines(run: Path, tmp_path: Path) -> N
 def test_what_cannot_be_evaluated_is_refused(
     run: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
-    assert call("eval", str(run), *words) == 2
+    assert fovea("eval", str(run), *words) == 2
     assert message in " ".join(capsys.readouterr().err.split())
 
 

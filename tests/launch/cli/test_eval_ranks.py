@@ -14,16 +14,14 @@ from typing import Any
 import pytest
 
 from launch.cli.eval_ranks import ranks_for
-from launch.cli.main import main
-from pipeline.config.load import show
 from pipeline.errors import LaunchError
 from pipeline.evaluation.reporter import EvalReporter
 from pipeline.evaluation.results import by_network
 from pipeline.evaluation.standalone import broadcast_each
-from pipeline.methods.registry import build_seeded_method
 from pipeline.tracking import Journal, Shipper
 from pipeline.tracking.journal import read
-from tests.helpers.evaluation import CPU, changed, toy, write_checkpoint
+from tests.helpers.commands import fovea
+from tests.helpers.evaluation import toy, write_run
 from tests.helpers.rank_pool import pool
 from tests.helpers.runs import ROOT, environment
 
@@ -32,22 +30,11 @@ FLAGS = ["--knn", "--linear", "--logistic"]
 SETTINGS = ["evaluation.linear={learning_rates: [1.0], layers: [1], epochs: 4, batch_size: 8}", "evaluation.logistic.C=[1.0]"]
 
 
-def call(*words: str) -> int:
-    with pytest.raises(SystemExit) as left:
-        main(list(words))
-    return int(left.value.code or 0)
-
-
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run with a checkpoint of weights that no seed gives, to be told to a server of its own."""
     loaded = toy(tmp_path, "launch.backend=gloo", "tracking.enabled=true", *SETTINGS)
-    folder = loaded.config.run.folder
-    settings = loaded.config.model_dump(mode="json")
-    write_checkpoint(folder, changed(build_seeded_method(loaded.config, CPU), 1), config=settings)
-    (folder / "config.yaml").write_text(show(loaded))
-    (folder / "config.json").write_text(json.dumps(settings))
-    return folder
+    return write_run(loaded)
 
 
 def tracked(run: Path) -> Any:
@@ -104,7 +91,7 @@ def test_all_ranks_evaluate_what_the_first_one_lists_and_none_waits_in_silence()
 def test_a_server_that_is_away_costs_nothing_and_gets_everything_later(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert call("eval", str(run), "--knn", "--output", str(run / "out.json"), "--track", DEAD) == 0
+    assert fovea("eval", str(run), "--knn", "--output", str(run / "out.json"), "--track", DEAD) == 0
     assert "fovea mlflow sync" in capsys.readouterr().err
     scores: dict[str, float] = json.loads((run / "out.json").read_text())["scores"]
     assert journalled(run) == {f"eval/{name}": value for name, value in scores.items()} and scores
@@ -126,14 +113,14 @@ def test_baselines_have_names_of_their_own(run: Path) -> None:
 
 def test_scores_of_other_evaluators_of_a_checkpoint_are_kept(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for flag in ("--knn", "--linear"):
-        assert call("eval", str(run), flag, "tracking.enabled=false") == 0
+        assert fovea("eval", str(run), flag, "tracking.enabled=false") == 0
     kept = json.loads((run / "evaluations" / "step_000000024.json").read_text())
     assert {"knn/k1", "linear/top1"} <= set(kept["scores"])
     assert (kept["queries"], kept["bank"], kept["classes"]) == (20, 40, 10)
     assert "20 queries, feature bank of 40 images, 10 classes; chance is 10.0 %" in capsys.readouterr().out
 
 
-def fovea(*words: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def in_process_of_its_own(*words: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *launcher, "-m", "launch.cli.main", *words]
     env = {**environment(), "COLUMNS": "160"}
     return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=2800, check=False)
@@ -153,7 +140,7 @@ def test_one_rank_two_ranks_and_torchrun_say_the_same_in_table_file_and_mlflow(r
     scores: dict[str, dict[str, float]] = {}
     for name, (ranks, launcher) in ways.items():
         out = run / f"{name}.json"
-        done = fovea("eval", str(run), *FLAGS, "--output", str(out), *ranks, launcher=launcher)
+        done = in_process_of_its_own("eval", str(run), *FLAGS, "--output", str(out), *ranks, launcher=launcher)
         assert done.returncode == 0, done.stderr
         scores[name] = json.loads(out.read_text())["scores"]
         for key in ("knn/k1", "knn/k5", "linear/top1", "logistic/top1"):
@@ -173,17 +160,17 @@ def test_one_rank_two_ranks_and_torchrun_say_the_same_in_table_file_and_mlflow(r
 
 @pytest.mark.slow
 def test_without_names_too_two_ranks_say_what_one_says(run: Path) -> None:
-    assert call("eval", str(run), "tracking.enabled=false") == 0
+    assert fovea("eval", str(run), "tracking.enabled=false") == 0
     file = run / "evaluations" / "step_000000024.json"
     one = file.read_text()
-    done = fovea("eval", str(run), "--ranks", "2", "tracking.enabled=false")
+    done = in_process_of_its_own("eval", str(run), "--ranks", "2", "tracking.enabled=false")
     assert done.returncode == 0, done.stderr
     assert file.read_text() == one and set(by_network(json.loads(one)["scores"])) == {"", "random_init", "pixels"}
 
 
 def test_what_cannot_be_evaluated_is_refused_before_ranks_are_started(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(run / "checkpoints")
-    assert call("eval", str(run), "--knn", "--ranks", "2") != 0
+    assert fovea("eval", str(run), "--knn", "--ranks", "2") != 0
     assert "no checkpoint yet" in capsys.readouterr().err
     assert not (run / "logs").exists()
 
@@ -196,13 +183,13 @@ def test_weights_get_an_mlflow_run_to_themselves_and_what_is_left_is_sent_by_tra
 
     monkeypatch.chdir(tmp_path)
     saved = str(next((run / "checkpoints").iterdir()))
-    assert call("export", saved, "--to", "timm", "--out", str(tmp_path / "peer")) == 0
+    assert fovea("export", saved, "--to", "timm", "--out", str(tmp_path / "peer")) == 0
     data = [f"data.shards={tmp_path}/scenes/*train-*.tar", f"evaluation.knn.val_shards={tmp_path}/scenes/*val-*.tar"]
     words = ["eval", str(tmp_path / "peer"), "--knn", "evaluation.knn.k=[1]", "launch.backend=gloo", *data]
-    assert call(*words, "--track", DEAD, "--output", str(tmp_path / "scores.json")) == 0
+    assert fovea(*words, "--track", DEAD, "--output", str(tmp_path / "scores.json")) == 0
     (folder,) = (tmp_path / "runs" / "evaluations").iterdir()
     uri = f"sqlite:///{tmp_path}/elsewhere.db"
-    assert call("mlflow", "sync", str(folder), "--uri", uri) == 0
+    assert fovea("mlflow", "sync", str(folder), "--uri", uri) == 0
     client = MlflowClient(tracking_uri=uri)
     (only,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
     scores = json.loads((tmp_path / "scores.json").read_text())["scores"]

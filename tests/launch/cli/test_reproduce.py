@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli.main import main
 from pipeline.bench.reproduction import ledger
 from pipeline.checkpoint import files as saved
 from pipeline.runtime.run_directory import RunDirectory
 from tests.helpers import small_runs
+from tests.helpers.commands import fovea
 from tests.helpers.limits import deadline
 from tests.helpers.runs import ROOT, environment
 
@@ -28,12 +28,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def words(folder: Path, runs: str, *more: str) -> list[str]:
     options = ["--seeds", "2", "--directory", str(folder / runs), "--ledger", str(folder / "ledger.jsonl")]
     return ["reproduce", *small_runs.words(folder), "tracking.enabled=false", *more, *options]
-
-
-def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as left:
-        main(list(arguments))
-    return int(left.value.code or 0)
 
 
 def start(arguments: list[str]) -> subprocess.Popen[bytes]:
@@ -58,7 +52,7 @@ def test_a_reproduction_killed_in_its_second_seed_ends_with_the_same_result(
     assert process.wait(timeout=300) == -signal.SIGKILL
     first = (folder / "killed" / "seed-0" / "outcome.json").stat().st_mtime_ns
     capfd.readouterr()
-    while call(*words(folder, "killed")) and time.monotonic() < end:  # the kernel is still ending the run
+    while fovea(*words(folder, "killed")) and time.monotonic() < end:  # the kernel is still ending the run
         time.sleep(0.1)
     out = capfd.readouterr().out
     assert "reproduced: the difference" in out and "added to" in out
@@ -73,12 +67,12 @@ def test_a_reproduction_killed_in_its_second_seed_ends_with_the_same_result(
     assert straight.seeds[0].scores != straight.seeds[1].scores
     assert straight.data_samples == 48 and straight.ranks == 1 and straight.versions["torch"] != "not installed"
 
-    assert call(*words(folder, "killed")) == 0  # nothing is left to do
+    assert fovea(*words(folder, "killed")) == 0  # nothing is left to do
     assert "already in" in capfd.readouterr().out and len(ledger.read(folder / "ledger.jsonl")) == 2
 
 
 def refused(*arguments: str, capfd: pytest.CaptureFixture[str]) -> str:
-    assert call(*arguments) == 2
+    assert fovea(*arguments) == 2
     return capfd.readouterr().err
 
 
@@ -100,12 +94,12 @@ def test_the_directory_of_another_reproduction_is_refused(folder: Path, capfd: p
 def test_a_run_that_fails_is_named_with_the_command_that_continues(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = words(folder, "failing")
     arguments[2] = f"data.shards={folder}/missing-*.tar"
-    assert call(*arguments) == 1
+    assert fovea(*arguments) == 1
     err = capfd.readouterr().err
     assert "seed 0 ended with 2; its messages are above. Repeat the same command to continue" in " ".join(err.split())
 
 
 def test_a_ledger_without_results_lists_none(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert call("reproduce", "--list", "--ledger", str(tmp_path / "none.jsonl")) == 0
+    assert fovea("reproduce", "--list", "--ledger", str(tmp_path / "none.jsonl")) == 0
     assert "has no result of a config" in capfd.readouterr().out
     assert os.listdir(tmp_path) == []

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from launch.cli.main import main
 from launch.cli.shards import _range
 from launch.progress import progress_bar
 from pipeline.data.index.build import build
@@ -22,16 +21,9 @@ from pipeline.reports import contact_sheet as contact
 from tests.data.inspect.test_verify import damaged_png
 from tests.data.pack.test_packer import contents, picture
 from tests.data.pack.test_sources import downloaded, write_tar
+from tests.helpers.commands import fovea
 from tests.helpers.runs import ROOT, environment
 from tests.helpers.s3 import KEYS, upload
-
-
-def fovea(*words: str | Path) -> int:
-    try:
-        main([str(word) for word in words])
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 @pytest.fixture(autouse=True)

@@ -14,25 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli.main import main
 from pipeline.data.settings import StorageSettings
 from pipeline.data.storage.listing import Listing, digest, same
 from pipeline.data.storage.remote import Remote
 from tests.data.pack.test_packer import contents, picture
+from tests.helpers.commands import fovea
 from tests.helpers.limits import hang_limit
 from tests.helpers.runs import ROOT, environment
 from tests.helpers.s3 import KEYS, Proxy, Trouble, proxy, upload
 
 BIG = 12_000_000  # more than the smallest part of a multipart upload
 _numbers = iter(range(10**6))
-
-
-def fovea(*words: str | Path) -> int:
-    try:
-        main([str(word) for word in words])
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli.main import main
 from launch.sweep.state import find, score_at
 from pipeline.checkpoint import files as saved
 from pipeline.runtime.run_directory import RunDirectory
 from tests.helpers import small_runs
+from tests.helpers.commands import fovea
 from tests.helpers.limits import deadline
 from tests.helpers.runs import ROOT, environment
 
@@ -35,16 +35,8 @@ def words(folder: Path, name: str, *more: str) -> list[str]:
     return ["sweep", *small_runs.words(folder), "evaluation.knn.baselines=false", *more, "--directory", str(folder / name)]
 
 
-def call(*arguments: str) -> int:
-    try:
-        main(list(arguments))
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
-
-
 def refused(*arguments: str, capfd: pytest.CaptureFixture[str]) -> str:
-    assert call(*arguments) == 2
+    assert fovea(*arguments) == 2
     text = " ".join(capfd.readouterr().err.split())
     assert "Traceback" not in text
     return text
@@ -64,7 +56,7 @@ def test_a_halved_sweep_killed_in_the_middle_continues_and_compares_the_same_ste
     first = (folder / "halved" / "000" / "outcome.json").stat().st_mtime_ns
     assert not (folder / "halved" / "decisions.json").exists()
     capfd.readouterr()
-    while call(*arguments) and time.monotonic() < end:  # the kernel is still ending the run
+    while fovea(*arguments) and time.monotonic() < end:  # the kernel is still ending the run
         time.sleep(0.1)
     out = capfd.readouterr().out
     sweep = find(str(folder / "halved"))
@@ -93,14 +85,14 @@ def test_a_halved_sweep_killed_in_the_middle_continues_and_compares_the_same_ste
     assert parent.info.run_name == "halved" and parent.info.status == "FINISHED"
     assert all("knn/k3" in run.data.metrics for run in nested.values()), "those stopped early have sent everything"
 
-    assert call(*arguments) == 0, "nothing is left to do"
+    assert fovea(*arguments) == 0, "nothing is left to do"
     assert "step" not in capfd.readouterr().err and len(RunDirectory(sweep.run(winner).path).attempts()) == len(
         sweep.run(winner).attempts()
     )
-    assert call("sweep", "status", str(sweep.path)) == 0
+    assert fovea("sweep", "status", str(sweep.path)) == 0
     out = capfd.readouterr().out
     assert "3 members: 2 halved, 1 finished" in out and "rung 0: knn/k3" in out
-    assert call("sweep", "table", str(sweep.path), "--score", "knn/k3") == 0
+    assert fovea("sweep", "table", str(sweep.path), "--score", "knn/k3") == 0
     assert capfd.readouterr().out.splitlines()[1].startswith(f"{winner:03d}")
 
 
@@ -114,15 +106,15 @@ def test_a_failing_member_does_not_end_the_others_and_stop_starts_no_further(
     text = (folder / "toy.yaml").read_text().replace("none.tar", f"'{folder}/scenes/*train-*.tar'")
     (folder / "toy2.yaml").write_text(text)
     arguments[1] = str(folder / "toy2.yaml")
-    assert call(*arguments) == 1
+    assert fovea(*arguments) == 1
     out = capfd.readouterr().out
     assert "member 000 ended with 2; its messages are above" in out and ["001", "finished", "2"] in [
         row.split()[:3] for row in out.splitlines()
     ]
-    assert call("sweep", "stop", str(folder / "listed")) == 0
+    assert fovea("sweep", "stop", str(folder / "listed")) == 0
     assert find(str(folder / "listed")).stopped
     capfd.readouterr()
-    assert call("sweep", "status", str(folder / "listed")) == 0
+    assert fovea("sweep", "status", str(folder / "listed")) == 0
     assert "1 finished" in capfd.readouterr().out
 
 
@@ -162,6 +154,6 @@ def test_a_record_of_a_stranger_runs_nothing(folder: Path, capfd: pytest.Capture
     path.mkdir()
     record = {"format": 1, "id": "0" * 12, "config": "c", "members": [["a=\x1b[2J"]], "fingerprints": ["f"]}
     (path / "sweep.json").write_text(json.dumps(record))
-    assert call("sweep", "status", str(path)) == 0 and call("sweep", "table", str(path)) == 0
+    assert fovea("sweep", "status", str(path)) == 0 and fovea("sweep", "table", str(path)) == 0
     assert "\x1b" not in capfd.readouterr().out
     assert os.listdir(path) == ["sweep.json"]

@@ -226,6 +226,17 @@ def test_a_killed_supervisor_is_succeeded(slurm: Cluster, start: Start) -> None:
     until(lambda: not queue(run), "a job of a finished run is left in the queue")
 
 
+def test_ranks_that_die_start_again_within_their_job_as_often_as_allowed(start: Start) -> None:
+    deaths = {str(attempt): [2 + 4 * attempt, "kill"] for attempt in range(3)}
+    run, job = start(deaths, "launch.restarts=2", steps=24)
+    after = wait_for_successor(run, job)
+    assert verdict(run)["state"] == "finished"
+    assert causes(run) == ["crash", "crash", "crash", "finished"]
+    assert [row["job"] for row in record.endings(run)] == [job, job, job, after], "the third restart is not allowed"
+    log = (run.path / "logs" / f"batch-{job}.log").read_text()
+    assert "start again in this job, 1 restarts left" in log and "start again in this job, 0 restarts left" in log
+
+
 def test_where_no_second_job_is_allowed_the_job_is_requeued(slurm: Cluster, start: Start, tmp_path: Path) -> None:
     refusing = tmp_path / "bin" / "sbatch"
     refusing.parent.mkdir()

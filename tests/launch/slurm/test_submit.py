@@ -21,7 +21,7 @@ from launch.slurm.steps import filled
 from launch.slurm.submit import submit
 from pipeline.config.load import InvalidConfig, load, show
 from pipeline.data.pack import synthetic as scenes
-from pipeline.errors import ConfigError, LaunchError
+from pipeline.errors import CheckpointError, ConfigError, LaunchError
 from pipeline.runtime import job_record as record
 from pipeline.runtime.run_directory import RunDirectory
 from tests.helpers.runs import ROOT, TOY
@@ -201,6 +201,37 @@ def test_a_finished_run_is_not_submitted_again(toy: Path, tmp_path: Path) -> Non
     loaded = load(toy, ["data.shards=/nowhere/x.tar", f"run.directory={run.path}"])
     with pytest.raises(LaunchError, match="all 24 steps"):
         submit(loaded, ClusterProfile(nodes=1, gpus_per_node=2), dry=True)
+
+
+def test_a_run_that_must_begin_from_nothing_but_has_checkpoints_is_refused(toy: Path, tmp_path: Path) -> None:
+    """Its job would be refused only when it runs; later jobs of a submission go on with what the first has written."""
+    words = ["data.shards=/nowhere/x.tar", f"run.directory={tmp_path / 'run'}", "checkpoint.resume=never"]
+    folder = tmp_path / "run" / "checkpoints" / "step_000000010"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "step": 10, "files": [], "config": {}}))
+    with pytest.raises(CheckpointError, match=r"checkpoint\.resume=never, but the run has checkpoints"):
+        submit(load(toy, words), ClusterProfile(nodes=1, gpus_per_node=2), dry=True)
+
+
+def test_steps_that_a_gpu_cannot_repeat_are_not_submitted_for_verification(toy: Path, tmp_path: Path) -> None:
+    words = ["data.shards=/nowhere/x.tar", f"run.directory={tmp_path / 'run'}", "train.verify_every=10"]
+    with pytest.raises(ConfigError, match=r"train\.deterministic=true"):
+        submit(load(toy, words), ClusterProfile(nodes=1, gpus_per_node=2), dry=True)
+    with pytest.raises(ConfigError, match=r"train\.deterministic=true"):
+        load(toy, [*words, "launch.backend=nccl"])
+    for profile, more in (
+        (ClusterProfile(nodes=1, gpus_per_node=0), []),
+        (ClusterProfile(nodes=1, gpus_per_node=2), ["train.deterministic=true"]),
+    ):
+        assert submit(load(toy, [*words, *more]), profile, dry=True).job is None
+
+
+def test_nodes_that_stand_by_are_asked_for_and_keep_the_job_when_one_is_lost(toy: Path) -> None:
+    text = rendered(toy, ClusterProfile(nodes=2, spare_nodes=1))
+    assert "#SBATCH --nodes=3\n#SBATCH --no-kill\n" in text
+    assert "--no-kill" not in rendered(toy, ClusterProfile(nodes=2)) and "--nodes=2" in render.step(
+        ClusterProfile(nodes=2, spare_nodes=1), Path("/r")
+    )
 
 
 def programs(folder: Path, monkeypatch: pytest.MonkeyPatch, **answers: str) -> None:

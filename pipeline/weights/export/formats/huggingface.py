@@ -35,11 +35,11 @@ def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
             "transformers is not installed", where="--to huggingface", hint="Install it: pip install 'fovea[export]'"
         ) from error
     tower, p = networks.transformer, networks.preprocessing
-    kind, settings = architecture(tower, p.size)
+    kind, settings = architecture(tower, networks.side)
     config = getattr(transformers, f"{kind}Config")(**settings)
     transformers.logging.disable_progress_bar()
-    _loaded(getattr(transformers, f"{kind}Model"), config, converted(tower, p.size)).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(_processor(p), indent=1) + "\n")
+    _loaded(getattr(transformers, f"{kind}Model"), config, converted(tower, networks.side)).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(_processor(p, networks.side), indent=1) + "\n")
     usage = f"""
 from transformers import AutoImageProcessor, AutoModel
 model = AutoModel.from_pretrained("{folder}").eval()
@@ -225,15 +225,15 @@ def _loaded(kind: Any, config: Any, state: dict[str, Tensor]) -> Any:
     return model
 
 
-def _processor(p: Preprocessing) -> dict[str, Any]:
+def _processor(p: Preprocessing, side: int) -> dict[str, Any]:
     return {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": round(p.size / p.centre)},
+        "size": {"shortest_edge": round(side / p.centre)},
         "resample": 3,
         "do_center_crop": True,
-        "crop_size": {"height": p.size, "width": p.size},
+        "crop_size": {"height": side, "width": side},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

@@ -6,13 +6,13 @@ import contextlib
 import io
 import json
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 
 import timm
 import torch
 from torch import Tensor, nn
 
+from pipeline.config.sizes import height_width
 from pipeline.errors import ConfigError
 from pipeline.models.resnet import ResNetTower
 from pipeline.weights.export.formats.timm import timm_state
@@ -60,13 +60,14 @@ def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
         raise ConfigError(
             f"{error.name} is not installed", where="--to onnx", hint="Install it: pip install 'fovea[export]'"
         ) from error
-    tower, size = networks.tower, networks.preprocessing.size
+    tower, size, count = networks.tower, networks.preprocessing.size, networks.preprocessing.count
+    height, width = height_width(size)
     pooled = networks.others.get("image_pool") is not None
     projection = None if pooled else networks.others.get("image_projection")
     if isinstance(tower, ResNetTower):
         encoder: nn.Module = _ResNet(tower).eval()
     else:
-        args = {**tower.timm_args, "img_size": size, "dynamic_img_size": False}
+        args = {**tower.timm_args, "img_size": size if isinstance(size, int) else list(size), "dynamic_img_size": False}
         model = timm.create_model(tower.timm_name, pretrained=False, **args)
         model.load_state_dict(timm_state(tower, size))
         encoder = _ImageEncoder(model.eval(), tower.vit.num_prefix_tokens, projection).eval()
@@ -76,7 +77,7 @@ def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             encoder,
-            (torch.zeros(2, 3, size, size),),
+            (torch.zeros(2, count, height, width),),
             dynamo=True,
             opset_version=OPSET,
             input_names=["images"],
@@ -87,13 +88,13 @@ def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
     if program is None:
         raise ConfigError("the tower cannot be traced", where="--to onnx", hint="Export it to safetensors")
     program.save(str(folder / "model.onnx"))
-    (folder / "preprocessor.json").write_text(json.dumps(asdict(networks.preprocessing), indent=1) + "\n")
+    (folder / "preprocessor.json").write_text(json.dumps(networks.preprocessing.document(), indent=1) + "\n")
     usage = f"""
 import onnxruntime
 session = onnxruntime.InferenceSession("{folder / "model.onnx"}")
-{", ".join(names)} = session.run(None, {{"images": images}})  # float32 [n, 3, {size}, {size}], normalised as below
+{", ".join(names)} = session.run(None, {{"images": images}})  # float32 [n, {count}, {height}, {width}], normalised as below
 """
-    notes = [f"Images are {size} x {size} pixels, any number at a time; ONNX opset {OPSET}.", "The mask token is left out."]
+    notes = [f"Images are {height} x {width} pixels, any number at a time; ONNX opset {OPSET}.", "The mask token is left out."]
     if isinstance(tower, ResNetTower):
         notes[1:] = ["`cls` is the mean of the last feature map, `patches` are its cells."]
     if networks.text is not None:

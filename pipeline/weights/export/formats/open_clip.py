@@ -56,9 +56,9 @@ def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
         )
     p = networks.preprocessing
     config = {
-        "model_cfg": _model(networks.transformer, text, projection, logits, p.size),
+        "model_cfg": _model(networks.transformer, text, projection, logits, networks.side),
         "preprocess_cfg": {
-            "size": [p.size, p.size],
+            "size": [networks.side, networks.side],
             "mode": "RGB",
             "mean": list(p.mean),
             "std": list(p.std),
@@ -68,7 +68,7 @@ def write(networks: Networks, folder: Path) -> tuple[str, list[str]]:
         },
     }
     state = {
-        **_vision(networks.transformer, p.size),
+        **_vision(networks.transformer, networks.side),
         "visual.proj": projection.weight.detach().float().T.contiguous(),
         **{name: tensor.detach().float().contiguous() for name, tensor in to_open_clip(text.state_dict()).items()},
         **_numbers(logits),

@@ -1,0 +1,1 @@
+"""Injects faults into real small runs and compares their ends with an undisturbed run."""

@@ -1,0 +1,1 @@
+"""Curation by embeddings: near-duplicates, balanced sampling, retrieval. Results are selections; shards are never rewritten."""

@@ -1,0 +1,1 @@
+"""Selections: which samples of an index are used, and how often."""
