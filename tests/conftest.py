@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +19,11 @@ from tests.helpers.shared import made_once
 
 # Four test processes on two cores are slower with four threads each than with one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell ignores these for what it runs in the background, and what a test starts would inherit that.
+for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 # No test writes into the state of the user who runs them.
 if "PYTEST_XDIST_WORKER" not in os.environ:
