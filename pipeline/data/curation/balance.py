@@ -112,6 +112,7 @@ def _balance(
         f"{len(used)} clusters have {used.min()} to {used.max()} samples (median {int(np.median(used))}), in an epoch now "
         f"{effective.min():.1f} to {effective.max():.1f} (median {np.median(effective):.1f})",
         *_skew(vectors, usable, weights),
+        *clustering.notes(),
     ]
     return Outcome(weights, counts, clusters=nearest, cosines=clustering.similarity(), notes=notes)
 

@@ -133,8 +133,8 @@ def _nearest(
 
     def of_shard(shard: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         columns = torch.from_numpy(np.ascontiguousarray(vectors.read(shard).T))
-        found, places = best_products(queries, columns, min(k, columns.shape[1]))
-        return places.numpy() + vectors.first(shard), found.numpy()
+        values, places = best_products(queries, columns, min(k, columns.shape[1]))
+        return places.numpy() + vectors.first(shard), values.numpy()
 
     def of_shards(begin: int, end: int) -> dict[str, NDArray[Any]]:
         best: tuple[NDArray[np.int64], NDArray[np.float32]] = (

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pipeline.data.curation.balance import BalanceOptions, balance, equal_shares, quotas_of
+from pipeline.data.curation.dedup import DedupOptions, dedup
 from pipeline.data.curation.kmeans import hierarchy, kmeans, nearest_centroids
 from pipeline.data.curation.outcome import write_outcome
 from pipeline.data.curation.vectors import unit
@@ -113,3 +114,14 @@ def test_levels_must_descend(tmp_path: Path) -> None:
         balance(vectors, BalanceOptions((3, 5), 5), tmp_path / "w", progress=vector_sets.quiet)
     with pytest.raises(DataError, match="9 embeddings are fewer than 20 clusters"):
         balance(vectors, BalanceOptions((20,), 5), tmp_path / "w", progress=vector_sets.quiet)
+
+
+def test_embeddings_of_zeros_are_counted(tmp_path: Path) -> None:
+    values, _ = blobs([30, 10])
+    values[[3, 17]] = 0
+    vectors = vector_sets.make(tmp_path / "e", values)
+    balanced = balance(vectors, BalanceOptions((4,), 20), tmp_path / "w", progress=vector_sets.quiet)
+    unique = dedup(vectors, DedupOptions(0.999), tmp_path / "v", progress=vector_sets.quiet)
+    assert balanced is not None and unique is not None
+    for outcome in (balanced, unique):
+        assert any(note.startswith("2 embeddings are zero") for note in outcome.notes), outcome.notes
