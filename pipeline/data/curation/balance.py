@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 
 from pipeline.data.curation.clusters import Clustering, Progress
 from pipeline.data.curation.dedup import identity
-from pipeline.data.curation.kmeans import hierarchy
+from pipeline.data.curation.kmeans import MOST_LINKED, hierarchy, linked_hierarchy
 from pipeline.data.curation.outcome import Outcome
 from pipeline.data.curation.vectors import Vectors, draws
 from pipeline.data.curation.workspace import Workspace, cores
 from pipeline.errors import DataError
 
 Mode = Literal["subset", "weights"]
+Coarse = Literal["auto", "linkage", "kmeans"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class BalanceOptions:
             share of the epochs.
         max_weight: how often a sample of a small cluster may occur in an epoch, from 1.
         seed: of k-means and of the choice.
+        coarse: how clusters are clustered: ``linkage`` joins the nearest ones, ``kmeans`` is the paper's way; ``auto`` is linkage
+            up to 8192 clusters, k-means beyond.
     """
 
     levels: tuple[int, ...]
@@ -39,6 +42,7 @@ class BalanceOptions:
     mode: Mode = "subset"
     max_weight: float = 1.0
     seed: int = 0
+    coarse: Coarse = "auto"
 
 
 def balance(
@@ -72,6 +76,12 @@ def balance(
         raise DataError(
             f"levels {list(options.levels)} must descend", where="--levels", hint="Give the finest first, such as 1000,100,10"
         )
+    if options.coarse == "linkage" and options.levels[0] > MOST_LINKED:
+        raise DataError(
+            f"{options.levels[0]} clusters are more than {MOST_LINKED}, which is what linkage can join",
+            where="--coarse",
+            hint="Use kmeans, or fewer clusters on the finest level",
+        )
     key = {"data": identity(vectors), "levels": options.levels[0], "seed": options.seed}
     with Workspace(work, key, shared=part is not None) as space:
         return _balance(vectors, options, space, among, workers or cores(), part, progress)
@@ -94,7 +104,10 @@ def _balance(
     nearest = clustering.nearest()
     usable = np.ones(vectors.total, dtype=bool) if among is None else among > 0
     sizes = np.bincount(nearest[usable], minlength=len(clustering.centroids))
-    parents = hierarchy(clustering.centroids, options.levels[1:], options.seed, workers=threads)
+    if options.coarse == "linkage" or (options.coarse == "auto" and options.levels[0] <= MOST_LINKED):
+        parents = linked_hierarchy(clustering.centroids, options.levels[1:])
+    else:
+        parents = hierarchy(clustering.centroids, options.levels[1:], options.seed, workers=threads)
     quotas = quotas_of(sizes, parents, options.target, options.max_weight)
     weights = np.zeros(vectors.total)
     if options.mode == "weights":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.curation.balance import BalanceOptions, balance, equal_shares, quotas_of
 from pipeline.data.curation.dedup import DedupOptions, dedup
-from pipeline.data.curation.kmeans import hierarchy, kmeans, nearest_centroids
+from pipeline.data.curation.kmeans import default_levels, hierarchy, kmeans, linked_hierarchy, nearest_centroids
 from pipeline.data.curation.outcome import write_outcome
 from pipeline.data.curation.vectors import unit
 from pipeline.errors import DataError
@@ -77,11 +78,22 @@ def test_each_level_of_a_hierarchy_clusters_the_one_below() -> None:
     assert [len(set(parent.tolist())) for parent in parents] == [24, 12, 3]
 
 
+def test_levels_of_linkage_are_states_of_one_tree() -> None:
+    values, labels = blobs([40, 20, 10, 5], noise=0.1)
+    fine, coarse = linked_hierarchy(values, (9, 4))
+    assert (len(fine), len(coarse)) == (75, 9) and (len(set(fine.tolist())), len(set(coarse.tolist()))) == (9, 4)
+    assert {tuple(sorted(set(labels[coarse[fine] == one].tolist()))) for one in range(4)} == {(0,), (1,), (2,), (3,)}
+    direct = linked_hierarchy(values, (4,))[0]
+    assert len({*zip(direct.tolist(), coarse[fine].tolist(), strict=True)}) == 4
+    assert [part.tolist() for part in linked_hierarchy(values[:1], (1, 1))] == [[0], [0]]
+
+
+@pytest.mark.parametrize("coarse", ["auto", "kmeans"])
 @pytest.mark.parametrize("mode", ["subset", "weights"])
-def test_a_skew_of_fifty_is_balanced(tmp_path: Path, mode: str) -> None:
+def test_a_skew_of_fifty_is_balanced(tmp_path: Path, mode: str, coarse: str) -> None:
     values, labels = blobs([500, 250, 100, 50, 10], noise=0.1)
     vectors = vector_sets.make(tmp_path / "e", values, labels=labels)
-    options = BalanceOptions((30, 5), 150, mode, 3.0)  # type: ignore[arg-type]
+    options = BalanceOptions((30, 5), 150, mode, 3.0, coarse=coarse)  # type: ignore[arg-type]
     outcome = balance(vectors, options, tmp_path / "w", progress=vector_sets.quiet)
     assert outcome is not None
     classes = np.bincount(labels, weights=outcome.weights)
@@ -114,6 +126,14 @@ def test_levels_must_descend(tmp_path: Path) -> None:
         balance(vectors, BalanceOptions((3, 5), 5), tmp_path / "w", progress=vector_sets.quiet)
     with pytest.raises(DataError, match="9 embeddings are fewer than 20 clusters"):
         balance(vectors, BalanceOptions((20,), 5), tmp_path / "w", progress=vector_sets.quiet)
+    with pytest.raises(DataError, match="9000 clusters are more than 8192"):
+        balance(vectors, BalanceOptions((9000, 5), 5, coarse="linkage"), tmp_path / "w", progress=vector_sets.quiet)
+
+
+@given(total=st.integers(1, 10**10))
+def test_default_levels_descend(total: int) -> None:
+    levels = default_levels(total)
+    assert 1 <= levels[0] <= total and all(a > b > 1 for a, b in itertools.pairwise(levels))
 
 
 def test_embeddings_of_zeros_are_counted(tmp_path: Path) -> None:
