@@ -229,7 +229,7 @@ def _balance(folders: Folders, seeds: Sequence[int], samples: int) -> Iterator[C
             ((200,), "kmeans", "weights", 1000, 4.0),
         ):
             options = BalanceOptions(levels, target, mode, most, seed, coarse)  # type: ignore[arg-type]
-            outcome = balance(vectors, options, folders.directory / f"work-balance-{seed}", progress=_quiet)
+            outcome = balance(vectors, options, folders.directory / f"work-balance-{seed}-{levels[0]}", progress=_quiet)
             assert outcome is not None
             after = np.bincount(labels, weights=outcome.weights, minlength=len(before))
             yield CurationResult(

@@ -65,11 +65,8 @@ def words(slurm: Cluster, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_requeued_and_killed_it_gives_the_bytes_of_one_process(words: list[str], tmp_path: Path) -> None:
     out, job = tmp_path / "out", RunDirectory(tmp_path / "out" / "job")
     record.request(job, f"{record.STOP}-0", "requeued")  # as `fovea requeue` writes it: the ranks stop after a batch
-    answer = fovea(*words, "--out", str(out), "cluster.options=[--hold]")
-    number = str(record.job(job)["job"])
-    assert f"job {number}" in answer and str(job.path) in answer
-    assert "of this run is" in fovea(*words, "--out", str(out), code=2)
-    tools.call("scontrol", "release", number)
+    answer = fovea(*words, "--out", str(out))
+    assert f"job {record.job(job)['job']}" in answer and str(job.path) in answer
     until(lambda: causes(job)[:1] not in ([], ["None"]), "the first attempt does not end")
     assert causes(job)[0] == "requeued", record.endings(job)
     pulse = job.logs(1) / "pulse" / "rank-1.json"
@@ -90,6 +87,7 @@ def test_requeued_and_killed_it_gives_the_bytes_of_one_process(words: list[str],
 
 def _overwritten_only_where_no_job_is(words: list[str], out: Path, job: RunDirectory) -> None:
     fovea(*words, "--out", str(out), "--overwrite", "cluster.options=[--hold]")
+    assert "of this run is" in fovea(*words, "--out", str(out), code=2)
     assert not (out / "embeddings.json").exists()
     (out / "embeddings.json").write_text("of the job")
     assert "of this run is" in fovea(*words, "--out", str(out), "--overwrite", code=2)
