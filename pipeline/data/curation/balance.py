@@ -108,7 +108,8 @@ def _balance(
         parents = linked_hierarchy(clustering.centroids, options.levels[1:])
     else:
         parents = hierarchy(clustering.centroids, options.levels[1:], options.seed, workers=threads)
-    quotas = quotas_of(sizes, parents, options.target, options.max_weight)
+    whole = options.seed if options.mode == "subset" else None
+    quotas = quotas_of(sizes, parents, options.target, options.max_weight, whole=whole)
     weights = np.zeros(vectors.total)
     if options.mode == "weights":
         weights[usable] = (quotas / np.maximum(sizes, 1))[nearest[usable]]
@@ -131,7 +132,12 @@ def _balance(
 
 
 def quotas_of(
-    sizes: NDArray[np.int64], parents: Sequence[NDArray[np.int64]], target: int, max_weight: float = 1.0
+    sizes: NDArray[np.int64],
+    parents: Sequence[NDArray[np.int64]],
+    target: int,
+    max_weight: float = 1.0,
+    *,
+    whole: int | None = None,
 ) -> NDArray[np.float64]:
     """Returns how many samples of an epoch come from each cluster of the finest level; they sum up to the target.
 
@@ -143,6 +149,8 @@ def quotas_of(
         parents: the cluster of each cluster below it, from fine to coarse.
         target: samples of an epoch.
         max_weight: how often a sample may occur in an epoch.
+        whole: round to whole samples at each level, which keeps the share of a cluster that has more clusters below it than
+            samples; this seed decides which of those get one.
 
     Raises:
         DataError: the target is more than all samples at ``max_weight``.
@@ -159,11 +167,14 @@ def quotas_of(
             hint="Lower it, or allow repeats with --max-weight",
         )
     quotas = equal_shares(room[-1], float(target))
+    if whole is not None:
+        quotas = _rounded(quotas, room[-1], whole + len(parents))
     for level in range(len(parents) - 1, -1, -1):
         below = np.zeros(len(room[level]))
         order = np.argsort(parents[level], kind="stable")
         for children in np.split(order, np.flatnonzero(np.diff(parents[level][order])) + 1):
-            below[children] = equal_shares(room[level][children], float(quotas[parents[level][children[0]]]))
+            shares = equal_shares(room[level][children], float(quotas[parents[level][children[0]]]))
+            below[children] = shares if whole is None else _rounded(shares, room[level][children], whole + level)
         quotas = below
     return quotas
 
@@ -193,7 +204,7 @@ def _choose(
 ) -> None:
     """Chooses each cluster's quota by a hash of the samples; small clusters' samples are repeated."""
     sizes = np.bincount(nearest[usable], minlength=len(quotas))
-    counts = _rounded(np.minimum(quotas, sizes))
+    counts = np.minimum(quotas, sizes)
     positions = np.flatnonzero(usable)
     order = positions[np.lexsort((draws(positions.astype(np.uint64), options.seed), nearest[positions]))]
     begins = np.cumsum(sizes) - sizes
@@ -202,11 +213,12 @@ def _choose(
     weights[chosen] = np.maximum(1.0, quotas / np.maximum(sizes, 1))[nearest[chosen]]
 
 
-def _rounded(quotas: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Rounds quotas so that their sum is kept: the largest remainders are rounded up."""
-    floors = np.floor(quotas + 1e-9).astype(np.int64)
-    missing = round(float(quotas.sum())) - int(floors.sum())
-    up = np.argsort(-(quotas - floors), kind="stable")[: max(0, missing)]
+def _rounded(quotas: NDArray[np.float64], room: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    """Rounds quotas and keeps their sum where there is room: the largest remainders up, of equal ones those that are drawn."""
+    floors = np.floor(quotas + 1e-9)
+    missing = round(float(quotas.sum() - floors.sum()))
+    order = np.lexsort((draws(np.arange(len(quotas), dtype=np.uint64), seed), -np.round(quotas - floors, 9)))
+    up = order[floors[order] + 1 <= room[order] + 1e-9][: max(0, missing)]
     floors[up] += 1
     return floors
 

@@ -136,6 +136,33 @@ def test_default_levels_descend(total: int) -> None:
     assert 1 <= levels[0] <= total and all(a > b > 1 for a, b in itertools.pairwise(levels))
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 30), min_size=2, max_size=60),
+    groups=st.integers(1, 6),
+    share=st.floats(0.01, 1),
+    seed=st.integers(0, 9),
+)
+def test_whole_quotas_keep_the_share_of_every_level(sizes: list[int], groups: int, share: float, seed: int) -> None:
+    amounts = np.array(sizes)
+    target = int(share * amounts.sum())
+    parent = np.arange(len(sizes)) % groups
+    exact = quotas_of(amounts, [parent], target)
+    whole = quotas_of(amounts, [parent], target, whole=seed)
+    assert np.array_equal(whole, np.floor(whole)) and (whole <= amounts).all() and whole.sum() == target
+    for group in range(groups):
+        assert abs(whole[parent == group].sum() - exact[parent == group].sum()) < 1 + 1e-6
+    assert (np.abs(whole - exact) < 2 + 1e-6).all()
+
+
+def test_a_class_with_more_clusters_than_its_share_of_samples_keeps_its_share(tmp_path: Path) -> None:
+    values, labels = blobs([900, 60], noise=0.2)
+    vectors = vector_sets.make(tmp_path / "e", values, labels=labels)
+    outcome = balance(vectors, BalanceOptions((200, 2), 40), tmp_path / "w", progress=vector_sets.quiet)
+    assert outcome is not None
+    assert np.bincount(labels, weights=outcome.weights).tolist() == [20, 20]
+
+
 def test_embeddings_of_zeros_are_counted(tmp_path: Path) -> None:
     values, _ = blobs([30, 10])
     values[[3, 17]] = 0
