@@ -16,6 +16,7 @@ from pipeline.checkpoint.files import Saved
 from pipeline.config.schema import Config
 from pipeline.config.sizes import grid_of, scaled, size_text
 from pipeline.data.inputs import prepare
+from pipeline.errors import FoveaError
 from pipeline.evaluation.gallery import Gallery, varied
 from pipeline.evaluation.principal import principal
 from pipeline.evaluation.results import read_all, split_metric
@@ -81,9 +82,12 @@ def write(run: Path, config: Config, out: Path, *, facts: dict[str, str] | None 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained, untrained = load_trained(config, saved, device), build_seeded_method(config, device)
     towers = {"trained": trained.export()["backbone"].eval(), "untrained": untrained.export()["backbone"].eval()}
+    start, missing = _start(config, device)
+    towers |= start
     gallery = Gallery(config, inputs, towers, config.evaluation.knn.image_size or trained.views[0].size, device)
     scores, step = _scores(directory, history, saved)
     own = _facts(config, history, saved, sum(p.numel() for p in towers["trained"].parameters()))
+    own |= missing
     own |= {name: value for name, value in (facts or {}).items() if not name.startswith("k-NN")}
     page.write(
         out,
@@ -105,6 +109,18 @@ def write(run: Path, config: Config, out: Path, *, facts: dict[str, str] | None 
         torch=str(torch.__version__),
     )
     return out
+
+
+def _start(config: Config, device: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tower that an adapted run began with, and the reason why it is not shown."""
+    from pipeline.weights.interpolate import start_tower
+
+    if config.init_from.source is None or config.model.timm_name is not None:
+        return {}, {}
+    try:
+        return {"start": start_tower(config).to(device)}, {}
+    except FoveaError as error:
+        return {}, {"start not shown": error.what}
 
 
 # ---- scores and facts ---------------------------------------------------------------------------------------------------

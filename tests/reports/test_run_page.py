@@ -6,6 +6,7 @@ import html
 import json
 import math
 import re
+import shutil
 from collections.abc import Iterable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -236,3 +237,22 @@ def test_principal_directions_give_like_tokens_like_colours() -> None:
     wide = torch.randn(50, 9, 16, generator=generator)
     wide[..., 0] *= 100
     assert principal(wide)[1] > 0.99
+
+
+def test_a_run_from_pretrained_weights_shows_them_too_or_says_why_not(run: Loaded, tmp_path: Path) -> None:
+    source = tmp_path / "weights"
+    shutil.copytree(run.config.run.folder, source)
+    config = run.config
+    adapted = config.replace(init_from=config.init_from.model_copy(update={"source": str(source)}))
+    out = tmp_path / "page.html"
+    page.write(run.config.run.folder, adapted, out)
+    drawn = out.read_text(encoding="utf-8")
+    rows = section(drawn, "patches")
+    assert rows.count("<img ") == 4 * page.PCA and ">start<" in rows
+    images = re.findall(r'<img src="([^"]+)"', rows)
+    trained, start = images[page.PCA : 2 * page.PCA], images[3 * page.PCA :]
+    assert trained == start  # the same weights here
+    shutil.rmtree(source)
+    page.write(run.config.run.folder, adapted, out)
+    drawn = out.read_text(encoding="utf-8")
+    assert section(drawn, "patches").count("<img ") == 3 * page.PCA and "start not shown" in drawn
