@@ -14,6 +14,7 @@ ALLOWED: dict[str, dict[str, int]] = {
     "dino": {},
     "coca": {},
     "simvlm": {},
+    "lejepa": {},
     "mocov3": {},
     "simclr": {},
     "mocov2": {},
