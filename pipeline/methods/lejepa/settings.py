@@ -18,7 +18,8 @@ class LejepaSettings(TwoViewSettings):
 
     name: Literal["lejepa"] = Field(default="lejepa", description="the method")
     views: MultiCropSettings = Field(
-        default=MultiCropSettings(local_scale=(0.05, 0.3), global_scale=(0.3, 1.0)), description="multi-crop sizes and counts"
+        default=MultiCropSettings(global_scale=(0.3, 1.0), local_size=96, local_scale=(0.05, 0.3)),
+        description="multi-crop sizes and counts",
     )
     sigreg_weight: Probability = Field(
         default=0.05, description="weight of SIGReg; that of the prediction is the rest of 1. The paper's only hyper-parameter"
