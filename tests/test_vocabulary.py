@@ -95,6 +95,7 @@ ALLOWED = {
     ("pipeline/methods/shared/two_views.py", "judge"): "as above, and the loss term of that module",
     ("pipeline/methods/byol/method.py", "judge"): "that loss term",
     ("pipeline/methods/dino/method.py", "judge"): "that loss term",
+    ("pipeline/methods/lejepa/method.py", "judge"): "that loss term",
     ("pipeline/methods/mocov2/method.py", "judge"): "that loss term",
     ("pipeline/methods/mocov3/method.py", "judge"): "that loss term",
     ("pipeline/data/pack/synthetic.py", "slope"): "of a line, not of a loss",

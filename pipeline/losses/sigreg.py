@@ -63,7 +63,7 @@ def random_directions(width: int, slices: int, seed: int, device: torch.device) 
 
 
 class _Characteristic(torch.autograd.Function):
-    """Means over samples of ``cos(t x)`` and ``sin(t x)``, ``[points, 2, views, slices]``; keeps neither for the slope."""
+    """Means over samples of ``cos(t x)`` and ``sin(t x)``, ``[points, 2, views, slices]``; keeps neither for later."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, points: list[float]) -> Tensor:
@@ -75,11 +75,11 @@ class _Characteristic(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        slope = torch.zeros_like(x)
+        total = torch.zeros_like(x)
         for t, (cosine, sine) in zip(ctx.points, gradient[:, :, :, None], strict=True):
             angle = x * t
-            slope.addcmul_(angle.cos(), sine, value=t).addcmul_(angle.sin(), cosine, value=-t)
-        return slope / x.shape[1], None
+            total.addcmul_(angle.cos(), sine, value=t).addcmul_(angle.sin(), cosine, value=-t)
+        return total / x.shape[1], None
 
 
 class _MeanOverRanks(torch.autograd.Function):

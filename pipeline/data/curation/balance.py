@@ -108,8 +108,8 @@ def _balance(
         parents = linked_hierarchy(clustering.centroids, options.levels[1:])
     else:
         parents = hierarchy(clustering.centroids, options.levels[1:], options.seed, workers=threads)
-    whole = options.seed if options.mode == "subset" else None
-    quotas = quotas_of(sizes, parents, options.target, options.max_weight, whole=whole)
+    rounding = options.seed if options.mode == "subset" else None
+    quotas = quotas_of(sizes, parents, options.target, options.max_weight, rounding_seed=rounding)
     weights = np.zeros(vectors.total)
     if options.mode == "weights":
         weights[usable] = (quotas / np.maximum(sizes, 1))[nearest[usable]]
@@ -137,7 +137,7 @@ def quotas_of(
     target: int,
     max_weight: float = 1.0,
     *,
-    whole: int | None = None,
+    rounding_seed: int | None = None,
 ) -> NDArray[np.float64]:
     """Returns how many samples of an epoch come from each cluster of the finest level; they sum up to the target.
 
@@ -149,7 +149,7 @@ def quotas_of(
         parents: the cluster of each cluster below it, from fine to coarse.
         target: samples of an epoch.
         max_weight: how often a sample may occur in an epoch.
-        whole: round to whole samples at each level, which keeps the share of a cluster that has more clusters below it than
+        rounding_seed: round to samples at each level, which keeps the share of a cluster that has more clusters below it than
             samples; this seed decides which of those get one.
 
     Raises:
@@ -167,14 +167,14 @@ def quotas_of(
             hint="Lower it, or allow repeats with --max-weight",
         )
     quotas = equal_shares(room[-1], float(target))
-    if whole is not None:
-        quotas = _rounded(quotas, room[-1], whole + len(parents))
+    if rounding_seed is not None:
+        quotas = _rounded(quotas, room[-1], rounding_seed + len(parents))
     for level in range(len(parents) - 1, -1, -1):
         below = np.zeros(len(room[level]))
         order = np.argsort(parents[level], kind="stable")
         for children in np.split(order, np.flatnonzero(np.diff(parents[level][order])) + 1):
             shares = equal_shares(room[level][children], float(quotas[parents[level][children[0]]]))
-            below[children] = shares if whole is None else _rounded(shares, room[level][children], whole + level)
+            below[children] = shares if rounding_seed is None else _rounded(shares, room[level][children], rounding_seed + level)
         quotas = below
     return quotas
 

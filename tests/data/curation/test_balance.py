@@ -148,7 +148,7 @@ def test_whole_quotas_keep_the_share_of_every_level(sizes: list[int], groups: in
     target = int(share * amounts.sum())
     parent = np.arange(len(sizes)) % groups
     exact = quotas_of(amounts, [parent], target)
-    whole = quotas_of(amounts, [parent], target, whole=seed)
+    whole = quotas_of(amounts, [parent], target, rounding_seed=seed)
     assert np.array_equal(whole, np.floor(whole)) and (whole <= amounts).all() and whole.sum() == target
     for group in range(groups):
         assert abs(whole[parent == group].sum() - exact[parent == group].sum()) < 1 + 1e-6
