@@ -15,7 +15,7 @@ from typing import Any
 
 from launch import notifications
 from launch.resume import check_identity
-from launch.slurm import excluded_nodes, limits, render
+from launch.slurm import account_limits, excluded_nodes, limits, render
 from launch.slurm import slurm_commands as tools
 from launch.slurm.profile import ClusterProfile
 from pipeline.checkpoint import catalog
@@ -321,12 +321,17 @@ def possible(profile: ClusterProfile) -> limits.Partition | None:
         LaunchError: the job can never run, or Slurm does not answer.
     """
     available = limits.partition(profile.partition)
-    if available is not None and (reasons := limits.never_runs(profile, available)):
+    reasons = limits.never_runs(profile, available) if available is not None else []
+    refused, note = account_limits.check(profile, available)
+    if reasons := [*reasons, *refused]:
         raise LaunchError(
             f"the job can never run: {'; '.join(reasons)}",
             where="cluster profile",
-            hint=f"Change the profile, or override it with cluster.KEY=VALUE. Available is {available}",
+            hint="Change the profile, or override it with cluster.KEY=VALUE"
+            + (f". Available is {available}" if available is not None else ""),
         )
+    if note:
+        print(f"fovea: {note}", file=sys.stderr)
     return available
 
 

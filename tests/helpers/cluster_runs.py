@@ -22,7 +22,7 @@ from pipeline.runtime import job_record as record
 from pipeline.runtime.run_directory import RunDirectory
 from tests.helpers.limits import deadline
 from tests.helpers.runs import ROOT, TOY
-from tests.helpers.slurm import Cluster
+from tests.helpers.slurm import OTHER, Cluster
 
 RANK = Path(__file__).with_name("cluster_rank.py")
 SITE: dict[str, Any] = {
@@ -68,6 +68,8 @@ def starter(slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
         monkeypatch.setattr("launch.slurm.render.step", step)
         loaded = load(config, ["data.shards=/nowhere/x.tar", f"run.directory={run.path}", *settings])
+        if OTHER:
+            profile["setup"] = (f"export PATH={OTHER}/bin:$PATH", *profile.get("setup", ()))
         done = submit(loaded, ClusterProfile(**{**SITE, **profile}), index=False)
         assert done.job is not None
         return run, done.job
