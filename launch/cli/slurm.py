@@ -105,21 +105,14 @@ def runs(
 
     fovea runs --state failed,stopped --sort hours
     """
-    from launch.slurm import slurm_commands as tools
     from launch.slurm import status as standing
-    from pipeline.runtime import job_record as record
     from pipeline.runtime.clock import clock
     from pipeline.runtime.run_directory import RunDirectory
 
     run_folders = [RunDirectory(path.parent.absolute()) for path in sorted(folder.glob("*/config.json"))]
     if not run_folders:
         raise ConfigError(f"there are no runs in {folder}", hint="Name the directory that contains them")
-    listed: list[tools.Job] | LaunchError | None = None
-    if any(record.job(run) for run in run_folders):
-        try:
-            listed = tools.user_jobs()
-        except LaunchError as error:
-            listed = error
+    listed = standing.queue_of(run_folders)
     rows = []
     for run in run_folders:
         one = standing.status(run, listed)

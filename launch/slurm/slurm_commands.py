@@ -135,13 +135,18 @@ def of_script(listed: Iterable[Job], script: Path, *ids: int) -> list[Job]:
     return sorted((job for job in listed if job.script == str(script) or job.id in ids), key=lambda job: job.id)
 
 
-def user_jobs(limit: float = 60.0) -> list[Job]:
-    """Queue entries of all jobs of this user.
+def user_jobs(users: Iterable[int] = (), limit: float = 60.0) -> list[Job]:
+    """Queue entries of all jobs of some users.
+
+    Args:
+        users: user IDs; none stand for this user.
+        limit: seconds in which Slurm must answer.
 
     Raises:
         LaunchError: Slurm does not answer.
     """
-    return _listed("--me", limit=limit)
+    named = ",".join(str(user) for user in sorted(set(users)))
+    return _listed(f"--user={named}" if named else "--me", limit=limit)
 
 
 def _listed(*options: str, limit: float = 60.0) -> list[Job]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from launch.slurm.goodput import Goodput, goodput
 from launch.slurm.job_end import of_ended
-from launch.slurm.slurm_commands import Job
+from launch.slurm.slurm_commands import Job, user_jobs
 from launch.slurm.submit import living
 from launch.slurm.training_state import Cost, TrainingState, cost, training_state
 from pipeline.errors import ConfigError, LaunchError
@@ -87,6 +87,21 @@ def status(run: RunDirectory, listed: Sequence[Job] | LaunchError | None = None)
             where=str(run.path),
             hint="See its attempts.jsonl, outcome.json and final_state.json",
         ) from error
+
+
+def queue_of(runs: Sequence[RunDirectory]) -> list[Job] | LaunchError | None:
+    """Queue entries of the owners of some runs, who may be other users; why Slurm does not answer; ``None`` without jobs."""
+    owners = set()
+    for run in runs:
+        if record.job(run):
+            with contextlib.suppress(OSError):
+                owners.add(record.script(run).stat().st_uid)
+    if not owners:
+        return None
+    try:
+        return user_jobs(owners)
+    except LaunchError as error:
+        return error
 
 
 def _status(run: RunDirectory, listed: Sequence[Job] | LaunchError | None) -> Status:

@@ -168,7 +168,7 @@ def test_a_second_user_sees_a_run_and_changes_nothing(slurm: Cluster, start: Sta
     assert code == 0 and "rank 0 of attempt 0 begins" in text, text
     for words in (["stop"], ["stop", "--now"], ["cancel"], ["requeue"], ["requeue", "--now"], ["resume"]):
         code, text = fovea_as(NOBODY, home, *words, str(run.path))
-        assert code == 2 and "Traceback" not in text, (words, text)
+        assert code in (1, 2) and "Traceback" not in text, (words, text)
         assert "Permission denied" in text or "of this run is running" in text, (words, text)
     assert queue(run) == jobs and len(ranks_of(run)) == 2 and not (run.path / "control").exists()
     assert {path: path.read_bytes() for path in (run.path / "submit").iterdir()} == files
