@@ -17,7 +17,7 @@ from launch.slurm.submit import living
 from pipeline.errors import LaunchError
 from pipeline.runtime import job_record as record
 from pipeline.runtime.run_directory import RunDirectory
-from tests.helpers.cluster_runs import SITE, Start, causes, fovea, queue, ranks_of, reach, starter, until, verdict
+from tests.helpers.cluster_runs import SITE, Start, causes, fovea, queue, ranks_of, reach, start_now, starter, until, verdict
 from tests.helpers.second_user import NOBODY, fovea_as
 from tests.helpers.slurm import NEEDS_ACCOUNTS, PREEMPTION, Cluster, cluster, preempting
 
@@ -101,7 +101,7 @@ def test_where_a_limit_admits_one_job_the_run_is_requeued(
     until(lambda: queue(run) == [(job, "PENDING")], "the job is not requeued")
     log = (run.path / "logs" / f"batch-{job}.log").read_text()
     assert "QOSMaxSubmitJobPerUserLimit" in log and "requeued instead" in log
-    slurm.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+    start_now(slurm, job)
     assert verdict(run)["state"] == "finished" and causes(run) == ["crash", "finished"]
 
 
