@@ -308,3 +308,22 @@ def test_scancel_ends_the_run_within_a_short_kill_wait(tmp_path: Path, monkeypat
         assert verdict(run)["state"] == "stopped"
         until(lambda: not queue(run), "a job of a cancelled run is left in the queue")
         assert made.state(job) == "CANCELLED" and len(record.endings(run)) == 1
+
+
+def test_a_long_kill_wait_costs_nothing_where_the_ranks_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 300 s nobody is killed in time: what ends must end by itself, and the supervisor must not wait for the killing."""
+    with cluster(tmp_path / "c", extra={"KillWait": "300"}, defaults=True) as made:
+        begin = starter(made, tmp_path, monkeypatch)
+        cancelled, job = begin(steps=5000)
+        reach(cancelled, 6)
+        wait_for_successor(cancelled, job)
+        made.call("scancel", str(job))
+        assert "saved at step" in verdict(cancelled)["why"]
+        until(lambda: not queue(cancelled), "a job of a cancelled run is left in the queue")
+        requeued, job = begin(steps=5000, folder="b")
+        reach(requeued, 6)
+        wait_for_successor(requeued, job)
+        made.call("scontrol", "requeue", str(job))
+        until(lambda: queue(requeued) == [(job, "PENDING")], "the requeued job is not alone")
+        assert causes(requeued) == ["requeued"]
+        fovea("cancel", str(requeued.path))
