@@ -36,6 +36,7 @@ SITE: dict[str, Any] = {
     "host_python": sys.executable,
     "local_paths": (),
     "preflight": {"disk_gb": 0.01},
+    "setup": [f"export PATH={OTHER}/bin:$PATH"] if OTHER else [],
 }
 
 
@@ -68,8 +69,7 @@ def starter(slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
         monkeypatch.setattr("launch.slurm.render.step", step)
         loaded = load(config, ["data.shards=/nowhere/x.tar", f"run.directory={run.path}", *settings])
-        if OTHER:
-            profile["setup"] = (f"export PATH={OTHER}/bin:$PATH", *profile.get("setup", ()))
+        profile["setup"] = (*SITE["setup"], *profile.get("setup", ()))
         done = submit(loaded, ClusterProfile(**{**SITE, **profile}), index=False)
         assert done.job is not None
         return run, done.job

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from launch.slurm import job_end, site
 from launch.slurm import slurm_commands as tools
@@ -109,15 +110,14 @@ def test_doctor_compares_accounts_and_limits(slurm: Cluster, folder: Path, start
     assert set(site.ask().accounts or {}) >= {"lab", "poor"}
 
     def findings(**profile: str) -> str:
-        lines = [f"{key}: {value}" for key, value in {**SITE, "local_paths": "[]", **profile}.items() if key != "preflight"]
-        (folder / "site.yaml").write_text("\n".join(lines))
+        (folder / "site.yaml").write_text(yaml.safe_dump({**SITE, "local_paths": [], **profile}))
         return "\n".join(f"{state} {what}" for state, what, _ in examine(str(folder / "site.yaml")))
 
     assert "bad account: nobody is not an account of yours" in findings(account="nobody")
     assert "bad qos: secret is not one of yours" in findings(qos="secret")
-    assert "bad the job can never run: time 20 exceeds the limit of 10:00 of QOS short" in findings(qos="short", time="'20'")
+    assert "bad the job can never run: time 20 exceeds the limit of 10:00 of QOS short" in findings(qos="short", time="20")
     assert "note QOS single admits one job in the queue" in findings(qos="single")
-    fine = findings(account="lab", qos="short", time="'5'")
+    fine = findings(account="lab", qos="short", time="5")
     assert "ok account: lab" in fine and "bad the job" not in fine and "ok the profile fits partition main" in fine
 
 
