@@ -98,7 +98,7 @@ def ask() -> Accounts | None:
     """
     settings = tools.settings()
     enforced = settings.get("AccountingStorageEnforce", "none").lower()
-    if "none" in settings.get("AccountingStorageType", "none") or enforced in ("none", "(null)", ""):
+    if not tools.keeps_accounts(settings) or enforced in ("none", "(null)", ""):
         return None
     cluster, user = settings.get("ClusterName", ""), getpass.getuser()
     try:

@@ -112,8 +112,8 @@ def _slurm(settings: dict[str, str]) -> Iterator[Finding]:
         advice = "" if user else "without it the batch script receives SIGTERM at the start or the end of GraceTime"
         yield ("ok" if user else "note"), f"preemption signals the batch script beforehand: {'yes' if user else 'no'}", advice
     yield "ok", f"KillWait {settings.get('KillWait')}, SlurmdTimeout {settings.get('SlurmdTimeout')}", ""
-    accounts = settings.get("AccountingStorageType", "")
-    yield ("ok" if "none" not in accounts else "note"), f"accounting: {accounts}", ""
+    accounts = settings.get("AccountingStorageType", "") if tools.keeps_accounts(settings) else "none"
+    yield ("ok" if accounts != "none" else "note"), f"accounting: {accounts}", ""
     yield ("ok" if _pyxis() else "note"), f"containers by pyxis: {'yes' if _pyxis() else 'no'}", ""
 
 

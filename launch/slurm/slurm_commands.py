@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -178,6 +178,16 @@ def settings(limit: float = 60.0) -> dict[str, str]:
     """Output of ``scontrol show config`` by key."""
     rows = (line.split("=", 1) for line in call("scontrol", "show", "config", limit=limit).splitlines() if "=" in line)
     return {key.strip(): value.strip() for key, value in rows}
+
+
+def keeps_accounts(facts: Mapping[str, str]) -> bool:
+    """Whether Slurm has an accounting.
+
+    Args:
+        facts: :func:`settings`; without one, Slurm 22.05 names ``accounting_storage/none`` and Slurm 24.11 ``(null)``.
+    """
+    kind = facts.get("AccountingStorageType", "")
+    return kind not in ("", "(null)") and "none" not in kind
 
 
 def nodes(expression: str) -> list[str]:
