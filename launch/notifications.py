@@ -298,9 +298,7 @@ def _webhook(settings: Mapping[str, Any], subject: str, text: str) -> None:
         raise NotSent(f"the webhook answered with {status}")
 
 
-def _command(
-    settings: Mapping[str, Any], event: str, run: Path, text: str, programs: list[subprocess.Popen[bytes]]
-) -> None:
+def _command(settings: Mapping[str, Any], event: str, run: Path, text: str, programs: list[subprocess.Popen[bytes]]) -> None:
     environment = {**os.environ, "FOVEA_EVENT": event, "FOVEA_RUN": str(run)}
     argv = [str(word) for word in settings["command"]]
     _run(argv, text.encode(), float(settings.get("timeout", 20.0)), environment, programs)

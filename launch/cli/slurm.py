@@ -77,7 +77,9 @@ def _print_submitted(done: Submitted) -> None:
 def status(
     run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run; by default all runs below runs/.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    watch: Annotated[float, typer.Option("--watch", min=0, help="A live view, refreshed after so many seconds, until the run ends.")] = 0.0,
+    watch: Annotated[
+        float, typer.Option("--watch", min=0, help="A live view, refreshed after so many seconds, until the run ends.")
+    ] = 0.0,
 ) -> None:
     """Show the status of a run: queue, step, speed, expected end, GPU use, cost, last heartbeat, attempts, and use of the time.
 

@@ -135,7 +135,9 @@ def read(
                 row["Partition"],
                 frozenset(filter(None, row["QOS"].split(","))),
                 row["DefaultQOS"],
-                _level(f"your association with account {row['Account']}", row, ("MaxTRES", "GrpTRES"), ("MaxSubmit", "GrpSubmit")),
+                _level(
+                    f"your association with account {row['Account']}", row, ("MaxTRES", "GrpTRES"), ("MaxSubmit", "GrpSubmit")
+                ),
             )
             for row in own
         ),
@@ -146,7 +148,11 @@ def read(
             )
             for row in qualities
         },
-        {row["Account"]: _level(f"account {row['Account']}", row, ("GrpTRES",), ("GrpSubmit",)) for row in every if not row["User"]},
+        {
+            row["Account"]: _level(f"account {row['Account']}", row, ("GrpTRES",), ("GrpSubmit",))
+            for row in every
+            if not row["User"]
+        },
         limited,
     )
 
@@ -191,7 +197,9 @@ def never_runs(profile: ClusterProfile, accounts: Accounts, partition: str | Non
         what = f"account {profile.account} is not one of yours" if profile.account else "you have no default account"
         return [f"{what} ({known})" if known else "you may use no account of this cluster"]
     if profile.qos is not None and association.qos and profile.qos.lower() not in association.qos:
-        return [f"QOS {profile.qos} is not one of yours with account {association.account} ({', '.join(sorted(association.qos))})"]
+        return [
+            f"QOS {profile.qos} is not one of yours with account {association.account} ({', '.join(sorted(association.qos))})"
+        ]
     if not accounts.limited:
         return []
     levels = levels_of(profile, accounts, partition, partition_qos)
@@ -206,7 +214,9 @@ def never_runs(profile: ClusterProfile, accounts: Accounts, partition: str | Non
     return reasons
 
 
-def most_jobs(profile: ClusterProfile, accounts: Accounts, partition: str | None, partition_qos: str = "") -> tuple[int, str] | None:
+def most_jobs(
+    profile: ClusterProfile, accounts: Accounts, partition: str | None, partition_qos: str = ""
+) -> tuple[int, str] | None:
     """The largest number of jobs in the queue and who limits it; ``None`` if nobody does. Arguments as above."""
     levels = levels_of(profile, accounts, partition, partition_qos) if accounts.limited else []
     return next(((level.jobs, level.name) for level in levels if level.jobs is not None), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 
@@ -46,7 +47,7 @@ def pauses(rows: Sequence[Mapping[str, Any]], submitted: float | None) -> Pauses
     started = [row for row in rows if "started_at" in row]
     gaps = [
         max(float(row["started_at"]) - float(before["ended_at"]), 0.0)
-        for before, row in zip(started, started[1:], strict=False)
+        for before, row in pairwise(started)
         if "ended_at" in before
     ]
     if not gaps and started and submitted is not None:

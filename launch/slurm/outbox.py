@@ -1,6 +1,6 @@
 """Notifications of a supervisor, for which no restart waits. Standard library only.
 
-They are sent while the supervisor goes on. What a job has not delivered when it ends, and another takes over, that one sends again.
+They are sent while the supervisor goes on. What a job has not delivered when it ends, and another takes over, the other sends.
 """
 
 from __future__ import annotations

@@ -119,8 +119,9 @@ def cost(run: RunDirectory, rows: list[dict[str, Any]], now: float | None = None
     price, gpus = profile.get("gpu_hour_price"), bool(profile.get("gpus_per_node"))
     each = float(price) if gpus and isinstance(price, (int, float)) else None
     further = left / 3600 * processes if left is not None else None
-    priced = each is not None and further is not None
-    return Cost(hours, gpus, hours * each if each is not None else None, further, further * each if priced else None)
+    if each is None:
+        return Cost(hours, gpus, None, further)
+    return Cost(hours, gpus, hours * each, further, further * each if further is not None else None)
 
 
 def _metrics(run: RunDirectory, attempt: int) -> list[tuple[int, dict[str, float]]]:

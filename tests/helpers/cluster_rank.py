@@ -3,8 +3,8 @@
 ``python rank.py RUN PLAN``; the plan is a JSON object: ``steps``, ``seconds`` a step, ``every`` so many steps a checkpoint, and
 what an attempt does at a step: ``{"0": [5, "crash"]}``, with crash, kill, refuse, freeze, quiet (rank 1 ends early with 0), meet
 (the ranks do not meet the first time), broken (rank 1's node is at fault), fill (fills the disk of the run and fails at the next
-file) or nonfinite. With ``scores``, by the name of the run directory, the run pauses at its ``train.pause_at`` and has its score of
-knn/k10 there.
+file) or nonfinite. With ``scores``, by the name of the run directory, the run pauses at its ``train.pause_at`` and has its score
+of knn/k10 there.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ import pytest
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel")
 
-# Another version of Slurm than the installed one: a folder with its programs in bin and its plugins in plugins.
+# Another version of Slurm than the installed one: a folder with its programs in bin and its plugins in plugins. Further options
+# of slurm.conf for all tests stand in FOVEA_TEST_SLURM_OPTIONS, as KEY=VALUE.
 OTHER = os.environ.get("FOVEA_TEST_SLURM", "")
 
 
@@ -42,7 +43,8 @@ ACCOUNTING = ("slurmdbd", "sacctmgr", "sacct", "mariadbd", "mariadb-install-db")
 NEEDS_ACCOUNTS = [
     *NEEDS_SLURM,
     pytest.mark.skipif(
-        bool(missing(*ACCOUNTING)), reason=f"slurmdbd is not installed: {missing(*ACCOUNTING)}; apt install slurmdbd mariadb-server"
+        bool(missing(*ACCOUNTING)),
+        reason=f"slurmdbd is not installed: {missing(*ACCOUNTING)}; apt install slurmdbd mariadb-server",
     ),
 ]
 PREEMPTION = {"PreemptType": "preempt/partition_prio", "PreemptMode": "REQUEUE"}
@@ -151,6 +153,7 @@ def _write(folder: Path, extra: dict[str, str], partitions: list[str], names: li
         **({"PluginDir": f"{OTHER}/plugins"} if OTHER else {}),
         **({} if defaults else _SHORT),
         **extra,
+        **dict(word.split("=", 1) for word in os.environ.get("FOVEA_TEST_SLURM_OPTIONS", "").split()),
     }
     lines = [f"{key}={value}" for key, value in options.items()]
     for name, port in zip(names, ports, strict=True):
@@ -182,8 +185,17 @@ class _Database:
         statements = ("CREATE DATABASE slurm;", "GRANT ALL ON slurm.* TO 'slurm'@'127.0.0.1' IDENTIFIED BY 'x';")
         (self._folder / "first.sql").write_text("\n".join(statements) + "\n")  # one on each line
         words = ["mariadbd", "--no-defaults", f"--datadir={data}", f"--user={me}", f"--socket={self._folder}/socket"]
-        words += [f"--port={self._sql}", "--bind-address=127.0.0.1", f"--init-file={self._folder}/first.sql", "--skip-name-resolve"]
-        words += [f"--pid-file={self._folder}/mariadbd.pid", "--innodb-buffer-pool-size=16M", "--innodb-flush-log-at-trx-commit=0"]
+        words += [
+            f"--port={self._sql}",
+            "--bind-address=127.0.0.1",
+            f"--init-file={self._folder}/first.sql",
+            "--skip-name-resolve",
+        ]
+        words += [
+            f"--pid-file={self._folder}/mariadbd.pid",
+            "--innodb-buffer-pool-size=16M",
+            "--innodb-flush-log-at-trx-commit=0",
+        ]
         self._log = (slurm.folder / "log" / "mariadbd.log").open("wb")
         self._process = subprocess.Popen(words, env=environment, stdout=self._log, stderr=self._log)
         self._until_open(self._sql, slurm)

@@ -339,7 +339,7 @@ def test_a_supervisor_notifies_these_decisions_and_no_others(
 
 def test_a_restart_waits_for_no_notification_and_the_next_job_sends_what_is_left(run: RunDirectory, tmp_path: Path) -> None:
     # The program waits for a file that is made only after the first job has closed its outbox: whoever waits for it hangs.
-    script = f'while [ ! -e {tmp_path}/go ]; do sleep 0.05; done; cat >> {tmp_path}/text'
+    script = f"while [ ! -e {tmp_path}/go ]; do sleep 0.05; done; cat >> {tmp_path}/text"
     settings = section(command=["sh", "-c", script], email_to="a@lab.org", smtp="127.0.0.1:1", smtp_security="none", timeout=120)
     environment = {notifications.VARIABLE: digest(notifications.canonical(settings))}
 

@@ -200,7 +200,9 @@ class Sender:
                 self._remote.replace_bytes(Listing(merged).document(), f"{self._target}{LISTING}", earlier.version)
                 return
             time.sleep(random.uniform(0.05, 0.5))
-        raise DataError("is replaced by other programs all the time", where=f"{self._target}{LISTING}", hint=f"Stop them. {_AGAIN}")
+        raise DataError(
+            "is replaced by other programs all the time", where=f"{self._target}{LISTING}", hint=f"Stop them. {_AGAIN}"
+        )
 
     def _counted(self, path: Path) -> str:
         if self._away.is_set():
@@ -228,10 +230,8 @@ class Sender:
         """Compares an object with the file that was sent; returns its version."""
         try:
             about = self._remote.stat(url)
-            if bool(tag) and about.tag != tag:  # another program may have sent the same file at the same time
-                replaced = not same(self._remote, own, about, Listing())
-            else:
-                replaced = False
+            # Another program may have sent the same file at the same time.
+            replaced = bool(tag) and about.tag != tag and not same(self._remote, own, about, Listing())
         except ShardNotFound:
             replaced = True
         if replaced:

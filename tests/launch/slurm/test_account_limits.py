@@ -25,7 +25,9 @@ def quality(name: str, **more: str) -> dict[str, str]:
 
 
 def accounts(
-    own: list[dict[str, str]] | None = None, qualities: list[dict[str, str]] | None = None, every: list[dict[str, str]] | None = None
+    own: list[dict[str, str]] | None = None,
+    qualities: list[dict[str, str]] | None = None,
+    every: list[dict[str, str]] | None = None,
 ) -> Accounts:
     return read(own or [association("lab")], [{"DefaultAccount": "lab"}], every or [], qualities or [quality("normal")])
 
@@ -53,7 +55,11 @@ def accounts(
             accounts(qualities=[quality("normal", MaxWall="10:00", Flags="OverPartQOS"), quality("part", MaxWall="2:00:00")]),
             ["time 60 exceeds the limit of 10:00 of QOS normal"],
         ),
-        ({}, accounts([association("lab", DefaultQOS="long")], [quality("long", MaxTRES="node=1")]), ["2 nodes exceed the limit of 1"]),
+        (
+            {},
+            accounts([association("lab", DefaultQOS="long")], [quality("long", MaxTRES="node=1")]),
+            ["2 nodes exceed the limit of 1"],
+        ),
         ({}, accounts(qualities=[quality("normal", MaxTRESPU="cpu=31,gres/gpu=8")]), ["32 CPUs exceed the limit of 31"]),
         ({}, accounts(qualities=[quality("normal", GrpTRES="gres/gpu=7,gres/gpu:a100=2")]), ["8 GPUs exceed the limit of 7"]),
         ({}, accounts(qualities=[quality("normal", MaxTRES="mem=15G", MaxTRESPA="mem=1T")]), ["16384 MB of memory exceed"]),

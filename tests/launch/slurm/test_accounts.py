@@ -87,8 +87,8 @@ def test_what_is_admitted_runs_with_its_account_and_the_accounting_knows_its_end
     rows = slurm.call("squeue", "--me", "-h", "-o", "%a %q").split("\n")[:2]
     assert rows == ["lab short", "lab short"]
     slurm.call("scancel", str(job))
-    assert verdict(run)["state"] == "stopped" and causes(run) == ["cancelled"]
     until(lambda: not queue(run), "a job of a cancelled run is left")
+    assert verdict(run)["state"] == "stopped" and causes(run) == ["cancelled"]
     monkeypatch.setattr(tools, "facts", lambda *_, **__: {})  # as after MinJobAge
     until(lambda: job_end.of_ended(job) == "CANCELLED", "the accounting does not know it")
 
@@ -141,7 +141,7 @@ def test_arrays_of_jobs_are_nobodys_run(slurm: Cluster, start: Start, folder: Pa
     until(lambda: slurm.call("squeue", "-h", "-t", "R", "-o", "%i").split().count(f"{array}_1"), "the array does not run")
     run, job = start(steps=5000)
     reach(run, 4)
-    assert [one.id for one in living(run)][0] == job and {number for number, _ in queue(run)} >= {job}
+    assert living(run)[0].id == job and {number for number, _ in queue(run)} >= {job}
     assert fovea("status", str(run.path)).startswith("run: running")
     assert "running" in fovea("runs", str(folder))
     fovea("cancel", str(run.path))

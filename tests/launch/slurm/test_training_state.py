@@ -121,7 +121,9 @@ def test_the_expected_end_counts_further_attempts_and_their_time_in_the_queue(
     assert one.forecast.end - now == pytest.approx(400 + 2 * 3060, abs=60)
     assert one.cost.hours_left == pytest.approx((400 + 120) * 8 / 3600) and one.cost.price_left is not None
     text = status.table(one)
-    assert "with 2 further attempts and the queue as before" in text and "at the profile's price; 1.16 more to the end, 3.47" in text
+    assert (
+        "with 2 further attempts and the queue as before" in text and "at the profile's price; 1.16 more to the end, 3.47" in text
+    )
 
 
 def test_the_live_view_follows_a_run_on_a_terminal_until_it_ends(run: RunDirectory) -> None:
