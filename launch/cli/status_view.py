@@ -1,4 +1,4 @@
-"""The live view of ``fovea status --watch``: one run, or all runs of a directory, drawn anew in place."""
+"""The live view of ``fovea status --watch``: one run, or all runs of a directory, redrawn in place."""
 
 from __future__ import annotations
 

@@ -217,7 +217,7 @@ def never_runs(profile: ClusterProfile, accounts: Accounts, partition: str | Non
 def most_jobs(
     profile: ClusterProfile, accounts: Accounts, partition: str | None, partition_qos: str = ""
 ) -> tuple[int, str] | None:
-    """The largest number of jobs in the queue and who limits it; ``None`` if nobody does. Arguments as above."""
+    """The largest number of jobs in the queue and what limits it; ``None`` if nothing does. Arguments as above."""
     levels = levels_of(profile, accounts, partition, partition_qos) if accounts.limited else []
     return next(((level.jobs, level.name) for level in levels if level.jobs is not None), None)
 

@@ -74,7 +74,7 @@ def destination(settings: TrackingSettings, run: Path, environment: Mapping[str,
 
 
 def unanswered(uri: str, seconds: float = 3.0) -> str:
-    """Returns why nobody can be reached at the address of a server, in a word or two; empty if somebody can, or through a proxy.
+    """Returns why a server cannot be reached, in a word or two; empty if it can, or if a proxy leads to it.
 
     Args:
         uri: tracking URI; only ``http`` and ``https`` are tried.

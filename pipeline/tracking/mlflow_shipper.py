@@ -195,7 +195,7 @@ class Shipper(JournalShipper):
                 self._log(f"MLflow: the state of the sweep's run is not updated ({first_line(error)})")
 
     def _update_parent(self, *, ended: bool) -> None:
-        """Sets the state of the sweep's run: running while a member runs, ended with the last of them. On a cluster nobody else
+        """Sets the state of the sweep's run: running while a member runs, ended with the last of them. On a cluster nothing else
         does, unless ``fovea sweep`` waits."""
         assert self._sweep is not None
         client, own = self._client, self._client.get_run(self._cursor["run_id"])
