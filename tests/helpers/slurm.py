@@ -44,7 +44,7 @@ NEEDS_ACCOUNTS = [
     *NEEDS_SLURM,
     pytest.mark.skipif(
         bool(missing(*ACCOUNTING)),
-        reason=f"slurmdbd is not installed: {missing(*ACCOUNTING)}; apt install slurmdbd mariadb-server",
+        reason=f"slurmdbd is not installed: {missing(*ACCOUNTING)}; apt install slurmdbd mariadb-server-core mariadb-client-core",
     ),
 ]
 PREEMPTION = {"PreemptType": "preempt/partition_prio", "PreemptMode": "REQUEUE"}

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 import termios
@@ -21,7 +22,7 @@ from pipeline.runtime import job_record as record
 from pipeline.runtime.run_directory import RunDirectory
 from pipeline.tracking.journal import Journal
 from tests.helpers.limits import deadline
-from tests.helpers.runs import ROOT
+from tests.helpers.runs import ROOT, environment
 
 
 @pytest.fixture
@@ -149,6 +150,31 @@ def test_the_live_view_follows_a_run_on_a_terminal_until_it_ends(run: RunDirecto
     assert view.wait(timeout=600) == 0, drawn
     for part in (b"running: on this machine", b"step 100 of 300", b"step 103 of 300", b"stopped: by request", b"\x1b["):
         assert part.partition(b": ")[2] in drawn if b": " in part else part in drawn, (part, drawn)
+
+
+def test_the_live_view_of_all_runs_goes_on_until_it_is_interrupted(run: RunDirectory, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    run.path.rename(tmp_path / "runs" / "first")
+    pulse(RunDirectory(tmp_path / "runs" / "first"), 0, phase="data", seconds=1.0)
+    master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (40, 120))
+    command = [sys.executable, "-m", "launch.cli.main", "status", "--watch", "0.2"]
+    view = subprocess.Popen(
+        command, cwd=tmp_path, stdin=slave, stdout=slave, stderr=slave, env={**environment(), "TERM": "xterm"}
+    )
+    os.close(slave)
+    drawn, end, interrupted = b"", deadline(), False
+    with os.fdopen(master, "rb", buffering=0) as terminal, contextlib.suppress(OSError):
+        while part := terminal.read(1 << 16):
+            drawn += part
+            assert time.monotonic() < end, drawn
+            if b"first" in drawn and not (tmp_path / "runs" / "second").exists():
+                (tmp_path / "runs" / "second").mkdir()
+                (tmp_path / "runs" / "second" / "config.json").write_text("{}")
+            elif b"second" in drawn and not interrupted:
+                view.send_signal(signal.SIGINT)
+                interrupted = True
+    assert view.wait(timeout=600) == 130 and b"Traceback" not in drawn, drawn
 
 
 def test_away_from_a_terminal_the_view_prints_lines_and_ends_with_the_run(run: RunDirectory) -> None:
