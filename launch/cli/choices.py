@@ -49,6 +49,14 @@ class StoredType(StrEnum):
     FP32 = "fp32"
 
 
+class CoarseLevels(StrEnum):
+    """How clusters are clustered."""
+
+    AUTO = "auto"
+    LINKAGE = "linkage"
+    KMEANS = "kmeans"
+
+
 class BalanceMode(StrEnum):
     """What balancing does with the samples of large clusters."""
 

@@ -97,7 +97,7 @@ def run(target: str, overrides: Sequence[str], options: EmbedOptions, command: S
 def _submit(request: EmbedRequest, config: Config, options: EmbedOptions, profile: list[str]) -> int:
     """Submit a job whose ranks find everything by absolute paths, and a run's checkpoint although the run goes on."""
     from launch.slurm.embed_job import submit
-    from pipeline.data.embeddings import document, work
+    from pipeline.data.embeddings import document
     from pipeline.evaluation.embedding import check_request
     from pipeline.weights.from_checkpoint import named_or_newest
 
@@ -110,15 +110,13 @@ def _submit(request: EmbedRequest, config: Config, options: EmbedOptions, profil
                 f"{printable(pattern)} is relative to a folder whose name reads as a pattern", where=where, hint=hint
             )
     check_request(request, config)
-    if options.overwrite:
-        work.clear(folder)
-    elif (folder / document.FILE).exists():
+    if not options.overwrite and (folder / document.FILE).exists():
         hint = "Choose another --out, or replace the embeddings that are there with --overwrite"
         raise ConfigError("is complete already", where=str(folder), hint=hint)
     run = request.run.absolute() if request.run is not None else None
     checkpoint = named_or_newest(run, request.checkpoint).path.absolute() if run is not None else None
     fixed = replace(request, directory=folder, run=run, checkpoint=checkpoint, overwrite=False)
-    done = submit(fixed, config, options.cluster, profile)
+    done = submit(fixed, config, options.cluster, profile, overwrite=options.overwrite)
     print(f"job {done.job}\nrecords {done.folder}\nlog {done.folder / 'logs'}")
     return 0
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 
-from launch.cli.choices import BalanceMode, RetrieveMode, local_only
+from launch.cli.choices import BalanceMode, CoarseLevels, RetrieveMode, local_only
 from launch.cli.shards_index import part_of
 from pipeline.errors import ConfigError, FoveaError
 from pipeline.masking import printable
@@ -120,8 +120,15 @@ def balance(
     target: Annotated[str, typer.Option(help="Samples of an epoch: a number, or a share such as 50%.")],
     levels: Annotated[
         str,
-        typer.Option(help="Clusters of each level, the finest first: 3000,300,30. By default the square root of the samples."),
+        typer.Option(
+            help="Clusters of each level, the finest first: 4000,400,40. By default four times the square root of the samples, "
+            "and the square root of that."
+        ),
     ] = "",
+    coarse: Annotated[
+        CoarseLevels,
+        typer.Option(help="Join the nearest clusters to coarser ones, or cluster them by k-means; by default join up to 8192."),
+    ] = CoarseLevels.AUTO,
     mode: Annotated[
         BalanceMode, typer.Option(help="Leave samples out, or keep all and let each occur in its share of the epochs.")
     ] = BalanceMode.SUBSET,
@@ -140,8 +147,8 @@ def balance(
 ) -> None:
     """Select samples so that each concept has an equal share: hierarchical k-means and sampling from coarse to fine.
 
-    The clusters are those of Vo et al., arXiv 2405.15613. Where a cluster has fewer samples than its share, the others get more,
-    or with --max-weight its samples are repeated. If interrupted, the same command continues.
+    The idea is that of Vo et al., arXiv 2405.15613; --coarse kmeans clusters as they do. Where a cluster has fewer samples than
+    its share, the others get more, or with --max-weight its samples are repeated. If interrupted, the same command continues.
 
     [b]Examples[/b]
 
@@ -149,23 +156,23 @@ def balance(
 
     fovea shards balance embeddings --out b.parquet --selection unique.parquet --target 100000 --mode weights --max-weight 4
     """
-    import math
-
     from launch.progress import progress_bar
     from pipeline.data.curation.balance import BalanceOptions, balance
+    from pipeline.data.curation.kmeans import default_levels
 
     _check_files(out, preview)
     vectors = _opened(embeddings)
     page = _page(preview, shards, vectors)
     among = _weights(selection, vectors) if selection else None
     available = vectors.total if among is None else int((among > 0).sum())
-    sizes = _levels(levels) or (max(1, math.isqrt(vectors.total)),)
-    options = BalanceOptions(sizes, _target(target, available), mode.value, max_weight, seed)
+    sizes = _levels(levels) or default_levels(vectors.total)
+    options = BalanceOptions(sizes, _target(target, available), mode.value, max_weight, seed, coarse.value)
     with progress_bar("clustering") as bar:
         outcome = balance(
             vectors, options, _work(out, work), among=among, workers=workers, part=part_of(part), progress=_staged(bar)
         )
     made = {"levels": list(sizes), "target": options.target, "mode": mode.value, "max_weight": max_weight, "seed": seed}
+    made["coarse"] = coarse.value
     made["selection"] = [str(file) for file in selection or ()]
     _finish("fovea shards balance", out, outcome, vectors, made, work, page)
 

@@ -14,6 +14,7 @@ from launch.slurm import profile as profiles
 from launch.slurm.profile import ClusterProfile
 from launch.slurm.submit import hand_in, possible, refuse_living
 from pipeline.config.schema import Config
+from pipeline.data.embeddings.work import clear
 from pipeline.errors import ConfigError, LaunchError
 from pipeline.masking import shown
 from pipeline.runtime.run_directory import RunDirectory
@@ -39,7 +40,9 @@ class EmbedJob:
     folder: Path
 
 
-def submit(request: EmbedRequest, config: Config, cluster: str, overrides: Sequence[str] = ()) -> EmbedJob:
+def submit(
+    request: EmbedRequest, config: Config, cluster: str, overrides: Sequence[str] = (), *, overwrite: bool = False
+) -> EmbedJob:
     """Submit a job that embeds; a job that was stopped or gave up continues.
 
     Args:
@@ -47,6 +50,7 @@ def submit(request: EmbedRequest, config: Config, cluster: str, overrides: Seque
         config: the settings, with ``data.shards``.
         cluster: name or file of the cluster profile.
         overrides: ``KEY=VALUE`` settings of the profile.
+        overwrite: remove embeddings that are in the folder, once no job of it is pending or running.
 
     Raises:
         ConfigError, LaunchError: any problem that can be detected before the job runs.
@@ -68,6 +72,8 @@ def submit(request: EmbedRequest, config: Config, cluster: str, overrides: Seque
     if forgiven:
         print(f"fovea: not excluded, since too few nodes would be left: {', '.join(forgiven)}", file=sys.stderr)
     options = [f"--exclude={','.join(away)}"] if away else []
+    if overwrite:
+        clear(request.directory)
 
     def write_settings(target: RunDirectory) -> None:
         target.write_settings(config)

@@ -29,6 +29,7 @@ from pipeline.losses.prototypes import (
     prototype_cross_entropy,
     rows_per_chunk,
 )
+from pipeline.losses.sigreg import random_directions, sigreg
 from pipeline.losses.sinkhorn import potential_over_chunks, sinkhorn, sinkhorn_potential
 from pipeline.losses.tokens import mean_over_ranks, token_cross_entropy
 
@@ -64,12 +65,14 @@ __all__ = [
     "potential_over_chunks",
     "prototype_cross_entropy",
     "queue_contrast",
+    "random_directions",
     "rank_offset",
     "repulsion",
     "resampled_patches",
     "rows_per_chunk",
     "same_or_not",
     "siglip_loss",
+    "sigreg",
     "sinkhorn",
     "sinkhorn_potential",
     "spread",

@@ -41,6 +41,7 @@ TINY: dict[str, dict[str, Any]] = {
     "dino": {**PROTOTYPES, "local_repulsion": {"noise": 0.0, "hidden": 12}},
     "dinov2": {**PROTOTYPES, "koleo_group_size": 2},
     "distill": {**PROTOTYPES, "koleo_group_size": 2, "teacher_model": {**MODEL, "embed_dim": 24}, "teacher_weights": "none"},
+    "lejepa": {"views": {**VIEWS, "local_count": 2}, "head_hidden": 24, "head_out": 8, "slices": 32},
     "mocov2": {"views": {**VIEWS, "local_count": 2}, "queue": 21, "head_out": 8, "local_repulsion": {"noise": 0.0, "hidden": 12}},
     "mocov3": {"views": VIEWS, "head_hidden": 24, "head_out": 8, "freeze_patches": True, "pos_embed": "sincos"},
     "simclr": {"views": VIEWS, "head_out": 8},

@@ -116,7 +116,7 @@ def compare(ranks: list[dict[str, Any]], expected: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_micro_batches_are_one_batch_unless_the_method_says_otherwise(name: str) -> None:
-    changes = {"method": {"head_norm": "layer"}} if name in ("byol", "mocov3", "simclr") else {}
+    changes = {"method": {"head_norm": "layer"}} if name in ("byol", "lejepa", "mocov3", "simclr") else {}
     changes = {"method": {"local_repulsion": None}} if name in ("dino", "mocov2") else changes
     made = make_method(name, **changes)
     if made.couples_batch and name not in ("clip", "coca", "detailclip"):  # which compare all pairs, and prepare for it

@@ -27,6 +27,7 @@ CONFIGS = {
     "dino": "dino/vit_s16",
     "dinov2": "dinov2/vitb16_node",
     "distill": "dinov2/distill_vits14",
+    "lejepa": "lejepa/vit_s16",
     "mocov2": "mocov2/resnet50",
     "mocov3": "mocov3/vit_s16",
     "simclr": "simclr/resnet50",

@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 
 from pipeline.data.curation.clusters import Clustering, Progress
 from pipeline.data.curation.dedup import identity
-from pipeline.data.curation.kmeans import hierarchy
+from pipeline.data.curation.kmeans import MOST_LINKED, hierarchy, linked_hierarchy
 from pipeline.data.curation.outcome import Outcome
 from pipeline.data.curation.vectors import Vectors, draws
 from pipeline.data.curation.workspace import Workspace, cores
 from pipeline.errors import DataError
 
 Mode = Literal["subset", "weights"]
+Coarse = Literal["auto", "linkage", "kmeans"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class BalanceOptions:
             share of the epochs.
         max_weight: how often a sample of a small cluster may occur in an epoch, from 1.
         seed: of k-means and of the choice.
+        coarse: how clusters are clustered: ``linkage`` joins the nearest ones, ``kmeans`` is the paper's way; ``auto`` is linkage
+            up to 8192 clusters, k-means beyond.
     """
 
     levels: tuple[int, ...]
@@ -39,6 +42,7 @@ class BalanceOptions:
     mode: Mode = "subset"
     max_weight: float = 1.0
     seed: int = 0
+    coarse: Coarse = "auto"
 
 
 def balance(
@@ -72,6 +76,12 @@ def balance(
         raise DataError(
             f"levels {list(options.levels)} must descend", where="--levels", hint="Give the finest first, such as 1000,100,10"
         )
+    if options.coarse == "linkage" and options.levels[0] > MOST_LINKED:
+        raise DataError(
+            f"{options.levels[0]} clusters are more than {MOST_LINKED}, which is what linkage can join",
+            where="--coarse",
+            hint="Use kmeans, or fewer clusters on the finest level",
+        )
     key = {"data": identity(vectors), "levels": options.levels[0], "seed": options.seed}
     with Workspace(work, key, shared=part is not None) as space:
         return _balance(vectors, options, space, among, workers or cores(), part, progress)
@@ -94,8 +104,12 @@ def _balance(
     nearest = clustering.nearest()
     usable = np.ones(vectors.total, dtype=bool) if among is None else among > 0
     sizes = np.bincount(nearest[usable], minlength=len(clustering.centroids))
-    parents = hierarchy(clustering.centroids, options.levels[1:], options.seed, workers=threads)
-    quotas = quotas_of(sizes, parents, options.target, options.max_weight)
+    if options.coarse == "linkage" or (options.coarse == "auto" and options.levels[0] <= MOST_LINKED):
+        parents = linked_hierarchy(clustering.centroids, options.levels[1:])
+    else:
+        parents = hierarchy(clustering.centroids, options.levels[1:], options.seed, workers=threads)
+    whole = options.seed if options.mode == "subset" else None
+    quotas = quotas_of(sizes, parents, options.target, options.max_weight, whole=whole)
     weights = np.zeros(vectors.total)
     if options.mode == "weights":
         weights[usable] = (quotas / np.maximum(sizes, 1))[nearest[usable]]
@@ -112,12 +126,18 @@ def _balance(
         f"{len(used)} clusters have {used.min()} to {used.max()} samples (median {int(np.median(used))}), in an epoch now "
         f"{effective.min():.1f} to {effective.max():.1f} (median {np.median(effective):.1f})",
         *_skew(vectors, usable, weights),
+        *clustering.notes(),
     ]
     return Outcome(weights, counts, clusters=nearest, cosines=clustering.similarity(), notes=notes)
 
 
 def quotas_of(
-    sizes: NDArray[np.int64], parents: Sequence[NDArray[np.int64]], target: int, max_weight: float = 1.0
+    sizes: NDArray[np.int64],
+    parents: Sequence[NDArray[np.int64]],
+    target: int,
+    max_weight: float = 1.0,
+    *,
+    whole: int | None = None,
 ) -> NDArray[np.float64]:
     """Returns how many samples of an epoch come from each cluster of the finest level; they sum up to the target.
 
@@ -129,6 +149,8 @@ def quotas_of(
         parents: the cluster of each cluster below it, from fine to coarse.
         target: samples of an epoch.
         max_weight: how often a sample may occur in an epoch.
+        whole: round to whole samples at each level, which keeps the share of a cluster that has more clusters below it than
+            samples; this seed decides which of those get one.
 
     Raises:
         DataError: the target is more than all samples at ``max_weight``.
@@ -145,11 +167,14 @@ def quotas_of(
             hint="Lower it, or allow repeats with --max-weight",
         )
     quotas = equal_shares(room[-1], float(target))
+    if whole is not None:
+        quotas = _rounded(quotas, room[-1], whole + len(parents))
     for level in range(len(parents) - 1, -1, -1):
         below = np.zeros(len(room[level]))
         order = np.argsort(parents[level], kind="stable")
         for children in np.split(order, np.flatnonzero(np.diff(parents[level][order])) + 1):
-            below[children] = equal_shares(room[level][children], float(quotas[parents[level][children[0]]]))
+            shares = equal_shares(room[level][children], float(quotas[parents[level][children[0]]]))
+            below[children] = shares if whole is None else _rounded(shares, room[level][children], whole + level)
         quotas = below
     return quotas
 
@@ -179,7 +204,7 @@ def _choose(
 ) -> None:
     """Chooses each cluster's quota by a hash of the samples; small clusters' samples are repeated."""
     sizes = np.bincount(nearest[usable], minlength=len(quotas))
-    counts = _rounded(np.minimum(quotas, sizes))
+    counts = np.minimum(quotas, sizes)
     positions = np.flatnonzero(usable)
     order = positions[np.lexsort((draws(positions.astype(np.uint64), options.seed), nearest[positions]))]
     begins = np.cumsum(sizes) - sizes
@@ -188,11 +213,12 @@ def _choose(
     weights[chosen] = np.maximum(1.0, quotas / np.maximum(sizes, 1))[nearest[chosen]]
 
 
-def _rounded(quotas: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Rounds quotas so that their sum is kept: the largest remainders are rounded up."""
-    floors = np.floor(quotas + 1e-9).astype(np.int64)
-    missing = round(float(quotas.sum())) - int(floors.sum())
-    up = np.argsort(-(quotas - floors), kind="stable")[: max(0, missing)]
+def _rounded(quotas: NDArray[np.float64], room: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    """Rounds quotas and keeps their sum where there is room: the largest remainders up, of equal ones those that are drawn."""
+    floors = np.floor(quotas + 1e-9)
+    missing = round(float(quotas.sum() - floors.sum()))
+    order = np.lexsort((draws(np.arange(len(quotas), dtype=np.uint64), seed), -np.round(quotas - floors, 9)))
+    up = order[floors[order] + 1 <= room[order] + 1e-9][: max(0, missing)]
     floors[up] += 1
     return floors
 

@@ -112,6 +112,11 @@ class Clustering:
         """Returns the cosine of every sample and its nearest centroid, by position."""
         return np.concatenate([self.assigned(shard)[1][:, 0] for shard in range(len(self.vectors.ends))])
 
+    def notes(self) -> list[str]:
+        """Returns what a person should know of the vectors."""
+        zeros = int((self.similarity() == 0).sum())
+        return [f"{zeros} embeddings are zero, near no other: see which images they are of"] if zeros else []
+
 
 @dataclass(frozen=True)
 class Members:
@@ -137,6 +142,7 @@ class Grouped:
 
     def __init__(self, clustering: Clustering) -> None:
         self._clustering = clustering
+        self.notes = clustering.notes
         self._dim = clustering.vectors.dim
         self._folder = clustering.work.folder
         with clustering.work.locked():

@@ -136,6 +136,7 @@ def _dedup(
         weights[near] = 0
         pairs += examples
     if grouped is not None:
+        notes += grouped.notes()
         pairs += _within(vectors, grouped, options, space, threads, digests, weights, counts, notes, progress)
     counts["kept"] = int((weights > 0).sum())
     pairs.sort(key=lambda pair: -pair.cosine)

@@ -18,6 +18,7 @@ _SPREAD = 32  # points for each cluster among which those to begin with are chos
 _TRIALS = 5
 _FEW = 1 << 24  # products of points and centroids up to which k-means is tried several times
 _RESAMPLED = 4  # nearest points of each cluster that the next round of a level learns from
+MOST_LINKED = 8192  # centroids whose distances to each other are held
 Progress = Callable[[int, int], None]
 
 
@@ -138,6 +139,34 @@ def hierarchy(
     return parents
 
 
+def linked_hierarchy(centroids: NDArray[np.float32], levels: Sequence[int]) -> list[NDArray[np.int64]]:
+    """Joins the two clusters whose members are nearest on average, again and again: each level is one state of that.
+
+    Average linkage (Sokal and Michener 1958). Unlike k-means it gives a small group of clusters that lies apart a cluster of its
+    own. Memory and time grow with the square of the number of centroids.
+
+    Args:
+        centroids: of the finest level, unit vectors ``[clusters, dim]``, :data:`MOST_LINKED` at most.
+        levels: number of clusters of each coarser level, descending.
+
+    Returns:
+        For each coarser level the cluster of each cluster below it.
+    """
+    from scipy.cluster.hierarchy import fcluster, linkage
+
+    if len(centroids) < 2:
+        return [np.zeros(len(centroids), dtype=np.int64) for _ in levels]
+    tree = linkage(np.asarray(centroids, dtype=np.float64), "average")
+    parents, below = [], np.arange(len(centroids))
+    for clusters in levels:
+        coarse = np.unique(fcluster(tree, clusters, "maxclust"), return_inverse=True)[1]
+        parent = np.zeros(int(below.max()) + 1, dtype=np.int64)
+        parent[below] = coarse
+        parents.append(parent)
+        below = coarse
+    return parents
+
+
 def nearest_centroids(
     points: NDArray[np.float32], centroids: NDArray[np.float32], *, workers: int = 1
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -146,9 +175,15 @@ def nearest_centroids(
     return nearest, similarity
 
 
-def finest_level(total: int) -> int:
-    """Returns a default number of clusters: the square root of the number of samples, at least 1."""
-    return max(1, math.isqrt(total))
+def default_levels(total: int) -> tuple[int, ...]:
+    """Returns default numbers of clusters: four times the square root of the number of samples, and the square root of that.
+
+    Args:
+        total: number of samples.
+    """
+    finest = max(1, min(total // 4, 4 * math.isqrt(total)))
+    coarse = math.isqrt(finest)
+    return (finest, coarse) if 1 < coarse < finest else (finest,)
 
 
 def _nearest_points(nearest: NDArray[np.int64], similarity: NDArray[np.float32], count: int) -> NDArray[np.int64]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +16,13 @@ from numpy.typing import NDArray
 from pipeline.data.curation.clusters import Clustering, Progress
 from pipeline.data.curation.dedup import check_comparable, identity
 from pipeline.data.curation.outcome import Outcome, Pair
-from pipeline.data.curation.vectors import Vectors, best_products, draws, in_order, products
+from pipeline.data.curation.vectors import Vectors, best_products, draws, in_order
 from pipeline.data.curation.workspace import Workspace, cores
 
 _EXAMPLES = 48
-_QUERIES = 8192  # that are compared at a time
+_QUERIES = 1 << 18  # most that are compared at a time
+_HELD = 1 << 23  # nearest images of the queries that are compared at a time
+_KEPT = 16  # parts of the shards whose results are kept until all are compared
 
 
 @dataclass(frozen=True)
@@ -64,56 +69,105 @@ def retrieve(
 def _retrieve(
     vectors: Vectors, queries: Vectors, options: RetrieveOptions, space: Workspace, threads: int, progress: Progress
 ) -> Outcome:
-    weights = np.zeros(vectors.total)
     if options.mode == "clusters":
         chosen, clusters, notes = _from_clusters(vectors, queries, options, space, threads, progress)
+        weights = np.zeros(vectors.total)
         weights[chosen] = 1
-        pairs: list[Pair] = []
-    else:
-        positions, cosines = _nearest(vectors, queries, options.k, space, threads, progress)
-        near = cosines >= options.min_cosine
-        weights[positions[near & (positions >= 0)]] = 1
-        notes = [f"cosines of queries and their nearest images: {_quantiles(cosines[:, 0])}"]
-        few = int((near.sum(axis=1) == 0).sum())
-        if few:
-            notes.append(f"{few} queries have no image with a cosine of at least {options.min_cosine:g}")
-        clusters = None
-        shown = np.argsort(draws(np.arange(len(positions), dtype=np.uint64), options.seed), kind="stable")[:_EXAMPLES]
-        pairs = [Pair(int(positions[q, 0]), int(q), float(cosines[q, 0]), bool(near[q, 0]), 0) for q in shown]
+        kept = int(weights.sum())
+        return Outcome(weights, {"kept": kept, "left_out": vectors.total - kept}, [], clusters, notes=notes)
+    return _by_neighbors(vectors, queries, options, space, threads, progress)
+
+
+def _by_neighbors(
+    vectors: Vectors, queries: Vectors, options: RetrieveOptions, space: Workspace, threads: int, progress: Progress
+) -> Outcome:
+    """Chooses the nearest images of each query, of a block of queries after the other."""
+    k = min(options.k, vectors.total)
+    rows = max(1, min(_QUERIES, _HELD // k))
+    shards, blocks = len(vectors.ends), -(-queries.total // rows)
+    weights, best = np.zeros(vectors.total), np.empty(queries.total, dtype=np.int64)
+    cosines = np.empty(queries.total, dtype=np.float32)
+    for number, (first, block) in enumerate(queries.blocks(rows)):
+
+        def steps(done: int, before: int = number * shards) -> None:
+            progress("comparing", before + done, blocks * shards)
+
+        positions, values = _nearest(vectors, block, f"nearest-{rows}/{number:06d}", k, space, threads, steps)
+        weights[positions[values >= options.min_cosine]] = 1
+        best[first : first + len(block)], cosines[first : first + len(block)] = positions[:, 0], values[:, 0]
+    near = cosines >= options.min_cosine
+    notes = [f"cosines of queries and their nearest images: {_quantiles(cosines)}"]
+    if not near.all():
+        notes.append(f"{int((~near).sum())} queries have no image with a cosine of at least {options.min_cosine:g}")
+    shown = np.argsort(draws(np.arange(queries.total, dtype=np.uint64), options.seed), kind="stable")[:_EXAMPLES]
+    pairs = [Pair(int(best[q]), int(q), float(cosines[q]), bool(near[q]), 0) for q in shown]
     kept = int(weights.sum())
-    return Outcome(weights, {"kept": kept, "left_out": vectors.total - kept}, pairs, clusters, notes=notes)
+    return Outcome(weights, {"kept": kept, "left_out": vectors.total - kept}, pairs, notes=notes)
 
 
 def _nearest(
-    vectors: Vectors, queries: Vectors, k: int, work: Workspace, workers: int, progress: Progress
+    vectors: Vectors,
+    queries: NDArray[np.float32],
+    name: str,
+    k: int,
+    work: Workspace,
+    workers: int,
+    progress: Callable[[int], None],
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Returns positions and cosines of each query's nearest images, nearest first, ``[queries, k]``; -1 where there are none."""
-    curated = np.concatenate([queries.read(shard) for shard in range(len(queries.ends))])
+    """Returns positions and cosines of each query's nearest images, nearest first, ``[queries, k]``.
 
-    def task(shard: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        def make() -> dict[str, NDArray[Any]]:
-            columns = torch.from_numpy(np.ascontiguousarray(vectors.read(shard).T))
-            count = min(k, columns.shape[1])
-            places = np.full((len(curated), k), -1, dtype=np.int64)
-            values = np.full((len(curated), k), -2, dtype=np.float32)
-            for begin in range(0, len(curated) if count else 0, _QUERIES):
-                best = products(curated[begin : begin + _QUERIES], columns).topk(count, dim=1)
-                rows = slice(begin, begin + len(best.values))
-                places[rows, :count], values[rows, :count] = best.indices.numpy() + vectors.first(shard), best.values.numpy()
-            return {"positions": places, "cosines": values}
+    The nearest of some shards each are kept until those of all are known, so that an interrupted command continues.
 
-        arrays = work.arrays(f"nearest/{shard:06d}", {"positions": np.int64, "cosines": np.float32}, make)
-        return arrays["positions"].reshape(-1, k), arrays["cosines"].reshape(-1, k)
+    Args:
+        vectors: the samples, at least ``k``.
+        queries: unit vectors ``[queries, dim]``.
+        name: of the intermediate results.
+        k: how many.
+        work: for intermediate results.
+        workers: threads.
+        progress: called with the number of shards that were compared.
+    """
+    types = {"positions": np.int64, "cosines": np.float32}
+    shards = len(vectors.ends)
+    kept = np.unique(np.linspace(0, shards, _KEPT + 1).round().astype(int))  # after these shards
 
-    positions = np.full((len(curated), k), -1, dtype=np.int64)
-    cosines = np.full((len(curated), k), -2, dtype=np.float32)
-    shards = range(len(vectors.ends))
-    for done, (own, values) in enumerate(in_order(task, shards, workers), start=1):
-        both, all_cosines = np.concatenate([positions, own], axis=1), np.concatenate([cosines, values], axis=1)
-        order = np.argsort(-all_cosines, axis=1, kind="stable")[:, :k]
-        positions, cosines = np.take_along_axis(both, order, axis=1), np.take_along_axis(all_cosines, order, axis=1)
-        progress("comparing", done, len(shards))
-    return positions, cosines
+    def of_shard(shard: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        columns = torch.from_numpy(np.ascontiguousarray(vectors.read(shard).T))
+        values, places = best_products(queries, columns, min(k, columns.shape[1]))
+        return places.numpy() + vectors.first(shard), values.numpy()
+
+    def of_shards(begin: int, end: int) -> dict[str, NDArray[Any]]:
+        best: tuple[NDArray[np.int64], NDArray[np.float32]] = (
+            np.empty((len(queries), 0), dtype=np.int64),
+            np.empty((len(queries), 0), dtype=np.float32),
+        )
+        for done, own in enumerate(in_order(of_shard, range(begin, end), workers), start=begin + 1):
+            best = _merged(best, own, k)
+            progress(done)
+        return {"positions": best[0], "cosines": best[1]}
+
+    def of_all() -> dict[str, NDArray[Any]]:
+        best: tuple[NDArray[np.int64], NDArray[np.float32]] | None = None
+        for begin, end in itertools.pairwise(kept.tolist()):
+            arrays = work.arrays(f"{name}-{end:06d}", types, partial(of_shards, begin, end))
+            own = arrays["positions"].reshape(len(queries), -1), arrays["cosines"].reshape(len(queries), -1)
+            best = own if best is None else _merged(best, own, k)
+        assert best is not None
+        return {"positions": best[0], "cosines": best[1]}
+
+    arrays = work.arrays(name, types, of_all)
+    for end in kept.tolist():
+        work.remove(f"{name}-{end:06d}")
+    return arrays["positions"].reshape(-1, k), arrays["cosines"].reshape(-1, k)
+
+
+def _merged(
+    left: tuple[NDArray[np.int64], NDArray[np.float32]], right: tuple[NDArray[np.int64], NDArray[np.float32]], k: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Returns the ``k`` nearest of both for each query, nearest first; of equals those on the left."""
+    positions, cosines = np.concatenate([left[0], right[0]], axis=1), np.concatenate([left[1], right[1]], axis=1)
+    order = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(positions, order, axis=1), np.take_along_axis(cosines, order, axis=1)
 
 
 def _from_clusters(

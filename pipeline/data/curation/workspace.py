@@ -102,6 +102,10 @@ class Workspace:
             raise cannot_write(path, error) from error
         return arrays
 
+    def remove(self, name: str) -> None:
+        """Removes a file of arrays that is not needed any more."""
+        (self.folder / f"{name}.npz").unlink(missing_ok=True)
+
     def has(self, name: str) -> bool:
         """Whether a file of arrays is there."""
         return (self.folder / f"{name}.npz").exists()

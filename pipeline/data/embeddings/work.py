@@ -112,7 +112,7 @@ class EmbeddingFolder:
         """
         if overwrite:
             self._lock()
-            clear(self.directory)
+            _remove_all(self.directory)
         settings = self._progress / "settings.json"
         if (self.directory / document.FILE).exists():
             content = document.load(self.directory)
@@ -319,17 +319,7 @@ class EmbeddingFolder:
             ConfigError: another process holds it.
         """
         self.close()
-        if not self._progress.is_dir():
-            return
-        self._file = (self._progress / "lock").open("w")
-        try:
-            lock(self._file.fileno(), self._file.name, wait=False)
-        except BlockingIOError:
-            raise ConfigError(
-                "another process is writing these embeddings",
-                where=printable(str(self.directory)),
-                hint="Wait for it, or choose another --out",
-            ) from None
+        self._file = _locked(self.directory)
 
     def _remove_leftovers(self) -> None:
         """Removes temporary files of processes that were killed."""
@@ -382,7 +372,41 @@ def _has_other_files(directory: Path, others: list[str]) -> ConfigError:
 
 
 def clear(directory: Path) -> None:
-    """Removes embeddings and what belongs to them, and nothing else."""
+    """Removes embeddings and what belongs to them, and nothing else.
+
+    Args:
+        directory: the folder.
+
+    Raises:
+        ConfigError: another process is writing them.
+    """
+    held = _locked(directory)
+    try:
+        _remove_all(directory)
+    finally:
+        if held is not None:
+            held.close()
+
+
+def _locked(directory: Path) -> IO[str] | None:
+    """Locks a folder in which embeddings are written; ``None`` if none are."""
+    path = directory / PROGRESS / "lock"
+    if not path.parent.is_dir():
+        return None
+    file = path.open("w")
+    try:
+        lock(file.fileno(), file.name, wait=False)
+    except BlockingIOError:
+        file.close()
+        raise ConfigError(
+            "another process is writing these embeddings",
+            where=printable(str(directory)),
+            hint="Wait for it, or choose another --out",
+        ) from None
+    return file
+
+
+def _remove_all(directory: Path) -> None:
     if not directory.exists():
         return
     (directory / document.FILE).unlink(missing_ok=True)  # first: what is left is incomplete

@@ -150,7 +150,7 @@ class Selection:
             later = (chunk_shards > before[0]) | ((chunk_shards == before[0]) & (chunk_rows > before[1]))
             if not later.all() or chunk_shards.min() < 0 or chunk_rows.min() < 0 or chunk_rows.max() >= 1 << 32:
                 raise self._damaged("its rows must be in order, each once")
-            if not (np.isfinite(chunk_weights) & (chunk_weights * UNIT >= 0.5) & (chunk_weights <= MAX_WEIGHT)).all():
+            if not (np.isfinite(chunk_weights) & (chunk_weights >= 0.5 / UNIT) & (chunk_weights <= MAX_WEIGHT)).all():
                 raise self._damaged(f"weights must lie between 1/65536 and {MAX_WEIGHT:.0f}")
             if samples > self.info.samples:  # of a crafted file, before more than that is held
                 break

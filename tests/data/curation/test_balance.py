@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pipeline.data.curation.balance import BalanceOptions, balance, equal_shares, quotas_of
-from pipeline.data.curation.kmeans import hierarchy, kmeans, nearest_centroids
+from pipeline.data.curation.dedup import DedupOptions, dedup
+from pipeline.data.curation.kmeans import default_levels, hierarchy, kmeans, linked_hierarchy, nearest_centroids
 from pipeline.data.curation.outcome import write_outcome
 from pipeline.data.curation.vectors import unit
 from pipeline.errors import DataError
@@ -76,11 +78,22 @@ def test_each_level_of_a_hierarchy_clusters_the_one_below() -> None:
     assert [len(set(parent.tolist())) for parent in parents] == [24, 12, 3]
 
 
+def test_levels_of_linkage_are_states_of_one_tree() -> None:
+    values, labels = blobs([40, 20, 10, 5], noise=0.1)
+    fine, coarse = linked_hierarchy(values, (9, 4))
+    assert (len(fine), len(coarse)) == (75, 9) and (len(set(fine.tolist())), len(set(coarse.tolist()))) == (9, 4)
+    assert {tuple(sorted(set(labels[coarse[fine] == one].tolist()))) for one in range(4)} == {(0,), (1,), (2,), (3,)}
+    direct = linked_hierarchy(values, (4,))[0]
+    assert len({*zip(direct.tolist(), coarse[fine].tolist(), strict=True)}) == 4
+    assert [part.tolist() for part in linked_hierarchy(values[:1], (1, 1))] == [[0], [0]]
+
+
+@pytest.mark.parametrize("coarse", ["auto", "kmeans"])
 @pytest.mark.parametrize("mode", ["subset", "weights"])
-def test_a_skew_of_fifty_is_balanced(tmp_path: Path, mode: str) -> None:
+def test_a_skew_of_fifty_is_balanced(tmp_path: Path, mode: str, coarse: str) -> None:
     values, labels = blobs([500, 250, 100, 50, 10], noise=0.1)
     vectors = vector_sets.make(tmp_path / "e", values, labels=labels)
-    options = BalanceOptions((30, 5), 150, mode, 3.0)  # type: ignore[arg-type]
+    options = BalanceOptions((30, 5), 150, mode, 3.0, coarse=coarse)  # type: ignore[arg-type]
     outcome = balance(vectors, options, tmp_path / "w", progress=vector_sets.quiet)
     assert outcome is not None
     classes = np.bincount(labels, weights=outcome.weights)
@@ -113,3 +126,49 @@ def test_levels_must_descend(tmp_path: Path) -> None:
         balance(vectors, BalanceOptions((3, 5), 5), tmp_path / "w", progress=vector_sets.quiet)
     with pytest.raises(DataError, match="9 embeddings are fewer than 20 clusters"):
         balance(vectors, BalanceOptions((20,), 5), tmp_path / "w", progress=vector_sets.quiet)
+    with pytest.raises(DataError, match="9000 clusters are more than 8192"):
+        balance(vectors, BalanceOptions((9000, 5), 5, coarse="linkage"), tmp_path / "w", progress=vector_sets.quiet)
+
+
+@given(total=st.integers(1, 10**10))
+def test_default_levels_descend(total: int) -> None:
+    levels = default_levels(total)
+    assert 1 <= levels[0] <= total and all(a > b > 1 for a, b in itertools.pairwise(levels))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 30), min_size=2, max_size=60),
+    groups=st.integers(1, 6),
+    share=st.floats(0.01, 1),
+    seed=st.integers(0, 9),
+)
+def test_whole_quotas_keep_the_share_of_every_level(sizes: list[int], groups: int, share: float, seed: int) -> None:
+    amounts = np.array(sizes)
+    target = int(share * amounts.sum())
+    parent = np.arange(len(sizes)) % groups
+    exact = quotas_of(amounts, [parent], target)
+    whole = quotas_of(amounts, [parent], target, whole=seed)
+    assert np.array_equal(whole, np.floor(whole)) and (whole <= amounts).all() and whole.sum() == target
+    for group in range(groups):
+        assert abs(whole[parent == group].sum() - exact[parent == group].sum()) < 1 + 1e-6
+    assert (np.abs(whole - exact) < 2 + 1e-6).all()
+
+
+def test_a_class_with_more_clusters_than_its_share_of_samples_keeps_its_share(tmp_path: Path) -> None:
+    values, labels = blobs([900, 60], noise=0.2)
+    vectors = vector_sets.make(tmp_path / "e", values, labels=labels)
+    outcome = balance(vectors, BalanceOptions((200, 2), 40), tmp_path / "w", progress=vector_sets.quiet)
+    assert outcome is not None
+    assert np.bincount(labels, weights=outcome.weights).tolist() == [20, 20]
+
+
+def test_embeddings_of_zeros_are_counted(tmp_path: Path) -> None:
+    values, _ = blobs([30, 10])
+    values[[3, 17]] = 0
+    vectors = vector_sets.make(tmp_path / "e", values)
+    balanced = balance(vectors, BalanceOptions((4,), 20), tmp_path / "w", progress=vector_sets.quiet)
+    unique = dedup(vectors, DedupOptions(0.999), tmp_path / "v", progress=vector_sets.quiet)
+    assert balanced is not None and unique is not None
+    for outcome in (balanced, unique):
+        assert any(note.startswith("2 embeddings are zero") for note in outcome.notes), outcome.notes

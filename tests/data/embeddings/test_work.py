@@ -264,6 +264,8 @@ def test_two_processes_do_not_write_one_folder(manifest: Manifest, tmp_path: Pat
         for overwrite in (False, True):
             with pytest.raises(ConfigError, match="another process is writing these embeddings"):
                 EmbeddingFolder(tmp_path, SPEC, manifest).prepare(overwrite=overwrite)
+        with pytest.raises(ConfigError, match="another process is writing these embeddings"):
+            work.clear(tmp_path)
     assert EmbeddingFolder(tmp_path, SPEC, manifest).prepare() == "resumed"
 
 

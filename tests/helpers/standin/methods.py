@@ -13,6 +13,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "dino": ("dino/vit_s16", *_VIT_B),
     "coca": ("coca/vit_b32", "model.patch_size=16"),
     "simvlm": ("simvlm/scenes", *_VIT_B, "model.depth=12", "model.patch_size=16", "method.views.global_size=224"),
+    "lejepa": ("lejepa/vit_s16", *_VIT_B),
     "mocov3": ("mocov3/vit_s16", *_VIT_B),
     "simclr": ("simclr/resnet50",),
     "mocov2": ("mocov2/resnet50",),

@@ -67,7 +67,6 @@ def test_requeued_and_killed_it_gives_the_bytes_of_one_process(words: list[str],
     record.request(job, f"{record.STOP}-0", "requeued")  # as `fovea requeue` writes it: the ranks stop after a batch
     answer = fovea(*words, "--out", str(out))
     assert f"job {record.job(job)['job']}" in answer and str(job.path) in answer
-    assert "of this run is" in fovea(*words, "--out", str(out), code=2)
     until(lambda: causes(job)[:1] not in ([], ["None"]), "the first attempt does not end")
     assert causes(job)[0] == "requeued", record.endings(job)
     pulse = job.logs(1) / "pulse" / "rank-1.json"
@@ -83,6 +82,17 @@ def test_requeued_and_killed_it_gives_the_bytes_of_one_process(words: list[str],
     assert "finished" in status and "Traceback" not in status
     assert "is complete already" in fovea(*words, "--out", str(out), code=2)
     assert "is a job of `fovea embed`" in fovea("resume", str(job.path), code=2)
+    _overwritten_only_where_no_job_is(words, out, job)
+
+
+def _overwritten_only_where_no_job_is(words: list[str], out: Path, job: RunDirectory) -> None:
+    fovea(*words, "--out", str(out), "--overwrite", "cluster.options=[--hold]")
+    assert "of this run is" in fovea(*words, "--out", str(out), code=2)
+    assert not (out / "embeddings.json").exists()
+    (out / "embeddings.json").write_text("of the job")
+    assert "of this run is" in fovea(*words, "--out", str(out), "--overwrite", code=2)
+    assert (out / "embeddings.json").read_text() == "of the job"
+    tools.call("scancel", str(record.job(job)["job"]))
 
 
 def test_an_error_of_the_ranks_ends_the_job_with_its_message(words: list[str], run: Path, tmp_path: Path) -> None:

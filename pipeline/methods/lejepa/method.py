@@ -1,0 +1,109 @@
+"""LeJEPA (Balestriero and LeCun, "LeJEPA: provable and scalable self-supervised learning without the heuristics", 2511.08544).
+
+All views of an image pass one network and a projector. Each is pulled to the mean of the image's global views, and SIGReg keeps
+the projections of a batch, view by view, an isotropic normal distribution, so that they cannot collapse. There is no teacher, no
+predictor and no stopped gradient.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from pipeline import losses
+from pipeline.config.schema import Config
+from pipeline.data.augment.views import Batch
+from pipeline.methods.base import Step, seed
+from pipeline.methods.lejepa.settings import LejepaSettings
+from pipeline.methods.shared.contrastive import Replay
+from pipeline.methods.shared.two_views import TwoViews
+from pipeline.models.mlps import mlp
+from pipeline.models.norms import batch_statistics
+from pipeline.models.resnet import Tower, build_trunk
+
+_DIRECTIONS = 0x516  # identifies the random draw
+
+
+class LeJEPA(TwoViews):
+    """LeJEPA; see the module.
+
+    A global batch in several micro-batches is tested for normality as one, as in :mod:`~pipeline.methods.shared.contrastive`.
+    Batch norms see only their micro-batch, so with them the result still differs from one large batch; ``couples_batch`` reports
+    this.
+
+    Args:
+        backbone: the backbone.
+        settings: head, SIGReg and views.
+    """
+
+    settings: LejepaSettings
+
+    def __init__(self, backbone: Tower, settings: LejepaSettings) -> None:
+        s = settings
+        super().__init__(backbone, s, out=s.head_out)
+        widths = (backbone.width, *(s.head_hidden,) * (s.head_layers - 1), s.head_out)
+        self.projector = mlp(widths, norm=s.head_norm, last_bias=True)
+        self.couples_batch = self.sees_batches() or not s.grad_cache
+        self._replays: deque[Replay] = deque()
+
+    def features(self, batch: Batch) -> Tensor:
+        """Projections ``[views, b, out]`` of all views, the global ones first, fp32."""
+        large, small = batch.views["global"], batch.views.get("local", [])
+        tokens = [self.backbone(torch.cat(large), patches="none").cls]
+        if small:
+            tokens.append(self.backbone(torch.cat(small), local=True, patches="none").cls)
+        projected: Tensor = self.projector(torch.cat(tokens)).float()
+        return projected.unflatten(0, (len(large) + len(small), -1))
+
+    def sigreg(self, features: Tensor, step: Step) -> Tensor:
+        """The weighted SIGReg term of features ``[views, b, out]``."""
+        s = self.settings
+        directions = losses.random_directions(s.head_out, s.slices, _DIRECTIONS + step.index, features.device)
+        return s.sigreg_weight * losses.sigreg(features, directions, knots=s.knots, limit=s.integral_limit)
+
+    @override
+    def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
+        """Computes SIGReg of all micro-batches as one batch, and its gradient with respect to each projection."""
+        self._replays.clear()
+        if len(batches) < 2 or not self.settings.grad_cache:
+            return
+        kept = []
+        for batch in batches:
+            seed(batch)  # the same draws as in the pass with gradients
+            with batch_statistics(*((self,) if self.training else ())):
+                kept.append(self.features(batch))
+        full = torch.cat(kept, dim=1).requires_grad_()
+        with torch.enable_grad():
+            value = self.sigreg(full, step)
+            (gradient,) = torch.autograd.grad(value, full)
+        pieces = (gradient * len(batches)).chunk(len(batches), dim=1)
+        self._replays.extend(Replay(value.detach(), (piece,), ()) for piece in pieces)
+
+    @override
+    def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """Loss terms ``predict`` and ``sigreg``; with local repulsion also ``repel`` and ``judge``."""
+        features, count = self.features(batch), len(batch.views["global"])
+        self.watch([features[0]])
+        centres = features[:count].mean(0)
+        predict = (1 - self.settings.sigreg_weight) * (centres - features).square().mean()
+        if self._replays:
+            replay = self._replays.popleft()
+            linear = (features * replay.features[0]).sum()
+            normality = replay.value + (linear - linear.detach())
+        else:
+            normality = self.sigreg(features, step)
+        return {"predict": predict, "sigreg": normality, **self.repelled(features[count:].unbind())}
+
+    @override
+    def on_step_skipped(self) -> None:
+        """Discards the gradient cache."""
+        self._replays.clear()
+
+
+def build(config: Config, settings: LejepaSettings) -> LeJEPA:
+    """Builds LeJEPA with a newly initialized backbone."""
+    return LeJEPA(build_trunk(config.model, image_size=settings.views.global_size), settings)
