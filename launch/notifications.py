@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from email.message import EmailMessage
 from pathlib import Path
 from typing import IO, Any
@@ -104,28 +104,81 @@ def notify(settings: Mapping[str, Any], event: str, run: Path, subject: str, lin
         subject: one line.
         lines: of the text.
     """
-    if event not in settings.get("on", ()):
-        return
-    subject, text = printable(subject, limit=200), shown("\n".join(lines))[:_MOST_TEXT]
-    channels: dict[str, Callable[[], None]] = {}
-    if settings.get("email_to"):
-        channels["email"] = lambda: _email(settings, subject, text)
-    if settings.get("webhook_env") or settings.get("webhook_file"):
-        channels["webhook"] = lambda: _webhook(settings, subject, text)
-    if settings.get("command"):
-        channels["command"] = lambda: _command(settings, event, run, text)
-    results: dict[str, str] = {}
-    threads = [threading.Thread(target=_one, args=(name, send, results), daemon=True) for name, send in channels.items()]
-    end = time.monotonic() + float(settings.get("timeout", 20.0))
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(max(end - time.monotonic(), 0.0))
-    done = dict(results)
-    with contextlib.suppress(OSError), _record(run / _RECORD) as file:
-        for name in channels:
-            row = {"t": round(time.time(), 3), "event": event, "channel": name, "result": done.get(name, "no answer in time")}
-            file.write(json.dumps(row) + "\n")
+    sending = Sending(settings, event, run, subject, lines)
+    sending.wait()
+    sending.close()
+
+
+class Sending:
+    """A notification on its way by all channels at once. Nothing here raises, and only :meth:`wait` takes time.
+
+    Args:
+        settings: section ``notify``, as JSON values, which were accepted.
+        event: one of ``notify.on``; others are not sent.
+        run: the run directory.
+        subject: one line.
+        lines: of the text.
+        only: names of the channels to use; by default all that are set.
+    """
+
+    def __init__(
+        self,
+        settings: Mapping[str, Any],
+        event: str,
+        run: Path,
+        subject: str,
+        lines: Sequence[str],
+        only: Sequence[str] | None = None,
+    ) -> None:
+        self.event, self.subject, self.lines = event, printable(subject, limit=200), list(lines)
+        self._run, self._results = run, dict[str, str]()
+        self._programs: list[subprocess.Popen[bytes]] = []
+        self._end = time.monotonic() + float(settings.get("timeout", 20.0))
+        text, programs = shown("\n".join(lines))[:_MOST_TEXT], self._programs
+        channels: dict[str, Callable[[], None]] = {}
+        if settings.get("email_to"):
+            channels["email"] = lambda: _email(settings, self.subject, text, programs)
+        if settings.get("webhook_env") or settings.get("webhook_file"):
+            channels["webhook"] = lambda: _webhook(settings, self.subject, text)
+        if settings.get("command"):
+            channels["command"] = lambda: _command(settings, event, run, text, programs)
+        sent = event in settings.get("on", ())
+        self._threads = {
+            name: threading.Thread(target=_one, args=(name, send, self._results), daemon=True)
+            for name, send in channels.items()
+            if sent and (only is None or name in only)
+        }
+        for thread in self._threads.values():
+            thread.start()
+
+    def wait(self, seconds: float = float("inf")) -> list[str]:
+        """Wait for the channels, at most until ``timeout``; returns those without an answer.
+
+        Args:
+            seconds: wait no longer than this.
+        """
+        end = min(self._end, time.monotonic() + seconds)
+        for thread in self._threads.values():
+            thread.join(max(end - time.monotonic(), 0.0))
+        return [name for name in self._threads if name not in self._results]
+
+    def close(self, unanswered: str = "no answer in time") -> None:
+        """Record the results and end the programs that are still running.
+
+        Args:
+            unanswered: result of channels without an answer.
+        """
+        done = dict(self._results)
+        for program in self._programs:
+            if program.poll() is None:
+                with contextlib.suppress(OSError):
+                    os.killpg(program.pid, 9)
+        if not self._threads:
+            return
+        with contextlib.suppress(OSError), _record(self._run / _RECORD) as file:
+            for name in self._threads:
+                row = {"t": round(time.time(), 3), "event": self.event, "channel": name, "result": done.get(name, unanswered)}
+                file.write(json.dumps(row) + "\n")
 
 
 def _record(path: Path) -> IO[str]:
@@ -195,7 +248,7 @@ def _secret(settings: Mapping[str, Any], key: str) -> str:
     return ""
 
 
-def _email(settings: Mapping[str, Any], subject: str, text: str) -> None:
+def _email(settings: Mapping[str, Any], subject: str, text: str, programs: list[subprocess.Popen[bytes]]) -> None:
     recipients = [str(one) for one in settings["email_to"]]
     message = EmailMessage()
     message["Subject"], message["To"] = subject, ", ".join(recipients)
@@ -206,7 +259,7 @@ def _email(settings: Mapping[str, Any], subject: str, text: str) -> None:
         program = shutil.which("sendmail", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/lib")
         if program is None:
             raise NotSent("the program sendmail is missing; set notify.smtp")
-        _run([program, "-i", "-t"], message.as_bytes(), timeout, dict(os.environ))
+        _run([program, "-i", "-t"], message.as_bytes(), timeout, dict(os.environ), programs)
         return
     host, port = _address(str(server))
     security, password = settings.get("smtp_security", "starttls"), _secret(settings, "smtp_password")
@@ -245,17 +298,21 @@ def _webhook(settings: Mapping[str, Any], subject: str, text: str) -> None:
         raise NotSent(f"the webhook answered with {status}")
 
 
-def _command(settings: Mapping[str, Any], event: str, run: Path, text: str) -> None:
+def _command(settings: Mapping[str, Any], event: str, run: Path, text: str, programs: list[subprocess.Popen[bytes]]) -> None:
     environment = {**os.environ, "FOVEA_EVENT": event, "FOVEA_RUN": str(run)}
-    _run([str(word) for word in settings["command"]], text.encode(), float(settings.get("timeout", 20.0)), environment)
+    argv = [str(word) for word in settings["command"]]
+    _run(argv, text.encode(), float(settings.get("timeout", 20.0)), environment, programs)
 
 
-def _run(argv: list[str], data: bytes, timeout: float, environment: dict[str, str]) -> None:
+def _run(
+    argv: list[str], data: bytes, timeout: float, environment: dict[str, str], programs: list[subprocess.Popen[bytes]]
+) -> None:
     """Runs a program in a session of its own; with what it has started, it is killed after ``timeout`` seconds."""
     quiet = subprocess.DEVNULL
     process = subprocess.Popen(
         argv, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, env=environment, cwd="/", start_new_session=True
     )
+    programs.append(process)
     try:
         process.communicate(data, timeout=timeout)
     except subprocess.TimeoutExpired:

@@ -77,11 +77,31 @@ def _print_submitted(done: Submitted) -> None:
 def status(
     run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run; by default all runs below runs/.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    watch: Annotated[float, typer.Option("--watch", min=0, help="Refresh interval in seconds; 0 prints once.")] = 0.0,
+    watch: Annotated[
+        float, typer.Option("--watch", min=0, help="A live view, refreshed after so many seconds, until the run ends.")
+    ] = 0.0,
 ) -> None:
-    """Show the status of a run: queue, step, last heartbeat, attempts, and use of the time."""
+    """Show the status of a run: queue, step, speed, expected end, GPU use, cost, last heartbeat, attempts, and use of the time.
+
+    The expected end counts the attempts that the time limit makes necessary, each with the mean time in the queue and of a start
+    that this run has had so far.
+
+    [b]Examples[/b]
+
+    fovea status my_run
+
+    fovea status my_run --watch 5
+    """
     from launch.slurm import status as standing
 
+    if watch and not as_json:
+        from launch.cli.status_view import watch_run, watch_runs
+
+        if run is None:
+            watch_runs(lambda: run_lines(Path("runs"), "", RunOrder.NAME, ""), watch)
+        else:
+            watch_run(standing.find(run), watch)
+        return
     while True:
         if run is None:
             runs()
@@ -105,21 +125,23 @@ def runs(
 
     fovea runs --state failed,stopped --sort hours
     """
-    from launch.slurm import slurm_commands as tools
+    print("\n".join(map(printable, run_lines(folder, state, sort, score))))
+
+
+def run_lines(folder: Path, state: str, sort: RunOrder, score: str) -> list[str]:
+    """The lines of ``fovea runs``, a header first; arguments as there.
+
+    Raises:
+        ConfigError: there are no runs.
+    """
     from launch.slurm import status as standing
-    from pipeline.runtime import job_record as record
     from pipeline.runtime.clock import clock
     from pipeline.runtime.run_directory import RunDirectory
 
     run_folders = [RunDirectory(path.parent.absolute()) for path in sorted(folder.glob("*/config.json"))]
     if not run_folders:
         raise ConfigError(f"there are no runs in {folder}", hint="Name the directory that contains them")
-    listed: list[tools.Job] | LaunchError | None = None
-    if any(record.job(run) for run in run_folders):
-        try:
-            listed = tools.user_jobs()
-        except LaunchError as error:
-            listed = error
+    listed = standing.queue_of(run_folders)
     rows = []
     for run in run_folders:
         one = standing.status(run, listed)
@@ -135,14 +157,14 @@ def runs(
     if sort in keys:
         rows.sort(key=keys[sort])
     width = max((len(name) for name, *_ in rows), default=4)
-    header = f"{'run':<{width}}  {'state':<8}  {'step':>15}  {'time':>9}  {'hours':>8}  {'price':>9}  {'score':>7}"
-    print(header)
+    lines = [f"{'run':<{width}}  {'state':<8}  {'step':>15}  {'time':>9}  {'hours':>8}  {'price':>9}  {'score':>7}"]
     for name, one, value in rows:
         done = f"{one.step}/{one.steps}" if one.steps else str(one.step)
         price = f"{one.cost.price:.2f}" if one.cost.price is not None else "-"
         number = f"{value:.4f}" if value is not None else "-"
         columns = f"{one.state:<8}  {done:>15}  {clock(one.goodput.wall):>9}  {one.cost.hours:>8.2f}  {price:>9}  {number:>7}"
-        print(printable(f"{name:<{width}}  {columns}  {one.why}"))
+        lines.append(f"{name:<{width}}  {columns}  {one.why}")
+    return lines
 
 
 def logs(

@@ -336,16 +336,10 @@ class _Cluster:
 
 def statuses(sweep: Sweep) -> list[Status | None]:
     """Status of each member; ``None`` for one that has not begun."""
-    from launch.slurm import slurm_commands as tools
-    from launch.slurm.status import status
+    from launch.slurm.status import queue_of, status
 
     runs = [sweep.run(number) for number in sweep.numbers]
-    listed: list[tools.Job] | LaunchError | None = None
-    if any(job_record.job(run) for run in runs):
-        try:
-            listed = tools.user_jobs()
-        except LaunchError as error:
-            listed = error
+    listed = queue_of(runs)
     return [status(run, listed) if run.config.exists() else None for run in runs]
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from launch.slurm import limits, site
+from launch.slurm import account_limits, limits, site
 from launch.slurm import slurm_commands as tools
 from launch.slurm.compare_profile import Finding, compare
 from launch.slurm.profile import ClusterProfile, load
@@ -67,14 +67,15 @@ def _limits(profile: ClusterProfile) -> Iterator[Finding]:
     """Whether the profile's job could run in its partition."""
     try:
         available = limits.partition(profile.partition)
+        refused, note = account_limits.check(profile, available)
     except LaunchError:
         return
-    if available is None:
-        return
-    reasons = limits.never_runs(profile, available)
-    for reason in reasons:
-        yield "bad", f"the job can never run: {reason}", str(available)
-    if not reasons:
+    reasons = limits.never_runs(profile, available) if available is not None else []
+    for reason in [*reasons, *refused]:
+        yield "bad", f"the job can never run: {reason}", str(available or "")
+    if note:
+        yield "note", note, "ask for a higher limit, or set requeue_mode: requeue"
+    if available is not None and not reasons:
         yield "ok", f"the profile fits {available}", ""
 
 
@@ -111,8 +112,8 @@ def _slurm(settings: dict[str, str]) -> Iterator[Finding]:
         advice = "" if user else "without it the batch script receives SIGTERM at the start or the end of GraceTime"
         yield ("ok" if user else "note"), f"preemption signals the batch script beforehand: {'yes' if user else 'no'}", advice
     yield "ok", f"KillWait {settings.get('KillWait')}, SlurmdTimeout {settings.get('SlurmdTimeout')}", ""
-    accounts = settings.get("AccountingStorageType", "")
-    yield ("ok" if "none" not in accounts else "note"), f"accounting: {accounts}", ""
+    accounts = settings.get("AccountingStorageType", "") if tools.keeps_accounts(settings) else "none"
+    yield ("ok" if accounts != "none" else "note"), f"accounting: {accounts}", ""
     yield ("ok" if _pyxis() else "note"), f"containers by pyxis: {'yes' if _pyxis() else 'no'}", ""
 
 

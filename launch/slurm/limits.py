@@ -39,12 +39,14 @@ class Partition:
         seconds: longest time limit of a job.
         most: most nodes of a job.
         nodes: its nodes.
+        qos: the quality of service whose limits it has; empty for none.
     """
 
     name: str
     seconds: int | None = None
     most: int | None = None
     nodes: tuple[Node, ...] = field(default_factory=tuple)
+    qos: str = ""
 
     def __str__(self) -> str:
         """One line: nodes, CPUs, memory, GPUs, time limit."""
@@ -78,7 +80,14 @@ def partition(name: str | None) -> Partition | None:
     own = chosen[0]["PartitionName"]
     lines = tools.call("sinfo", "--noheader", "--Node", f"--partition={own}", "--format=%c|%m|%G").splitlines()
     most = chosen[0].get("MaxNodes", "")
-    return Partition(own, _limit(chosen[0]), int(most) if most.isdecimal() else None, tuple(map(_node, lines)))
+    qos = chosen[0].get("QoS", "N/A")
+    return Partition(
+        own,
+        _limit(chosen[0]),
+        int(most) if most.isdecimal() else None,
+        tuple(map(_node, lines)),
+        "" if qos in ("N/A", "(null)") else qos.lower(),
+    )
 
 
 def never_runs(profile: ClusterProfile, available: Partition) -> list[str]:

@@ -96,12 +96,11 @@ def ask() -> Site:
     nodes = [tools.pairs(line) for line in tools.call("scontrol", "show", "node", "--oneliner").splitlines()]
     reservations = [tools.pairs(line) for line in _quiet("scontrol", "show", "reservation", "--oneliner").splitlines()]
     settings = tools.settings()
-    keeps = "none" not in settings.get("AccountingStorageType", "none")
     return Site(
         settings=settings,
         partitions=partitions,
         nodes=tuple(_node(row) for row in nodes if "NodeName" in row),
-        accounts=_accounts() if keeps else None,
+        accounts=_accounts() if tools.keeps_accounts(settings) else None,
         reservations=frozenset(row["ReservationName"] for row in reservations if "ReservationName" in row),
         interfaces=interfaces(Path("/sys/class/net")),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,13 +135,18 @@ def of_script(listed: Iterable[Job], script: Path, *ids: int) -> list[Job]:
     return sorted((job for job in listed if job.script == str(script) or job.id in ids), key=lambda job: job.id)
 
 
-def user_jobs(limit: float = 60.0) -> list[Job]:
-    """Queue entries of all jobs of this user.
+def user_jobs(users: Iterable[int] = (), limit: float = 60.0) -> list[Job]:
+    """Queue entries of all jobs of some users.
+
+    Args:
+        users: user IDs; none stand for this user.
+        limit: seconds in which Slurm must answer.
 
     Raises:
         LaunchError: Slurm does not answer.
     """
-    return _listed("--me", limit=limit)
+    named = ",".join(str(user) for user in sorted(set(users)))
+    return _listed(f"--user={named}" if named else "--me", limit=limit)
 
 
 def _listed(*options: str, limit: float = 60.0) -> list[Job]:
@@ -173,6 +178,16 @@ def settings(limit: float = 60.0) -> dict[str, str]:
     """Output of ``scontrol show config`` by key."""
     rows = (line.split("=", 1) for line in call("scontrol", "show", "config", limit=limit).splitlines() if "=" in line)
     return {key.strip(): value.strip() for key, value in rows}
+
+
+def keeps_accounts(facts: Mapping[str, str]) -> bool:
+    """Whether Slurm has an accounting.
+
+    Args:
+        facts: :func:`settings`; without one, Slurm 22.05 names ``accounting_storage/none`` and Slurm 24.11 ``(null)``.
+    """
+    kind = facts.get("AccountingStorageType", "")
+    return kind not in ("", "(null)") and "none" not in kind
 
 
 def nodes(expression: str) -> list[str]:

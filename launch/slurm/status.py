@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launch.slurm.forecast import Forecast, forecast, pauses
 from launch.slurm.goodput import Goodput, goodput
 from launch.slurm.job_end import of_ended
-from launch.slurm.slurm_commands import Job
+from launch.slurm.profile import seconds
+from launch.slurm.slurm_commands import Job, user_jobs
 from launch.slurm.submit import living
 from launch.slurm.training_state import Cost, TrainingState, cost, training_state
 from pipeline.errors import ConfigError, LaunchError
@@ -39,6 +41,7 @@ class Status:
         excluded: nodes that the run avoids, with the reasons and until when.
         training: what the newest attempt reports.
         cost: what the run has used.
+        forecast: when it will be done; ``None`` unless it trains.
     """
 
     run: str
@@ -55,6 +58,7 @@ class Status:
     excluded: dict[str, str] = field(default_factory=dict)
     training: TrainingState = field(default_factory=TrainingState)
     cost: Cost = field(default_factory=Cost)
+    forecast: Forecast | None = None
 
 
 def find(name: str) -> RunDirectory:
@@ -87,6 +91,21 @@ def status(run: RunDirectory, listed: Sequence[Job] | LaunchError | None = None)
             where=str(run.path),
             hint="See its attempts.jsonl, outcome.json and final_state.json",
         ) from error
+
+
+def queue_of(runs: Sequence[RunDirectory]) -> list[Job] | LaunchError | None:
+    """Queue entries of the owners of some runs, who may be other users; why Slurm does not answer; ``None`` without jobs."""
+    owners = set()
+    for run in runs:
+        if record.job(run):
+            with contextlib.suppress(OSError):
+                owners.add(record.script(run).stat().st_uid)
+    if not owners:
+        return None
+    try:
+        return user_jobs(owners)
+    except LaunchError as error:
+        return error
 
 
 def _status(run: RunDirectory, listed: Sequence[Job] | LaunchError | None) -> Status:
@@ -131,6 +150,10 @@ def _status(run: RunDirectory, listed: Sequence[Job] | LaunchError | None) -> St
         again = "`fovea resume` resumes it" if record.job(run) else "the same `fovea train` command resumes it"
         state, why = "idle", f"{_last_job(run, rows)}; {again}"
     steps = int(outcome.get("steps", 0)) or _steps(run)
+    training = training_state(run, attempt, steps, trains=state in ("running", "unknown"))
+    coming = None
+    if training.seconds_left is not None and state in ("running", "unknown"):
+        coming = _forecast(run, rows, training.seconds_left, jobs[0].left if jobs else "")
     return Status(
         str(run.path),
         state,
@@ -144,9 +167,21 @@ def _status(run: RunDirectory, listed: Sequence[Job] | LaunchError | None) -> St
         _scores(run, outcome),
         {job.id: job.state for job in jobs},
         {node: f"{why} (until {_moment(record.excluded_until(run)[node])})" for node, why in record.excluded(run).items()},
-        training_state(run, attempt, steps, trains=state in ("running", "unknown")),
-        cost(run, rows),
+        training,
+        cost(run, rows, left=coming.busy if coming is not None else None),
+        coming,
     )
+
+
+def _forecast(run: RunDirectory, rows: list[dict[str, Any]], left: float, of_job: str) -> Forecast:
+    """When the run is done; ``of_job`` is the time left of its job, as ``squeue`` prints it."""
+    profile = record.job(run).get("profile") or {}
+    limit = attempt = None
+    with contextlib.suppress(ValueError, TypeError, KeyError):  # UNLIMITED, or no job
+        lead = float(profile["checkpoint_lead_time"])
+        limit, attempt = seconds(of_job) - lead, seconds(str(profile["time"])) - lead
+    submitted = [float(row["t"]) for row in run.attempts() if row["event"] == "submit"]
+    return forecast(time.time(), left, limit, attempt, pauses(rows, submitted[0] if submitted else None))
 
 
 def _scores(run: RunDirectory, outcome: dict[str, Any]) -> dict[str, float]:
@@ -230,12 +265,21 @@ def _training_lines(one: Status) -> list[str]:
     t, c = one.training, one.cost
     parts = [f"loss {t.loss:.4f}"] if t.loss is not None else []
     parts += [f"{t.images_per_second:.0f} images/s"] if t.images_per_second is not None else []
-    if t.expected_end is not None and t.seconds_left is not None:
-        parts.append(f"{clock(t.seconds_left)} left, done {_moment(t.expected_end)} if not interrupted")
+    if t.gpu_use is not None:
+        memory = f", {t.gpu_memory:.0%} of their memory in use" if t.gpu_memory is not None else ""
+        idle = f" (those of node {t.idle_node[0]}: {t.idle_node[1]:.0%})" if t.idle_node is not None else ""
+        parts.append(f"GPUs {t.gpu_use:.0%} busy{idle}{memory}")
+    lines = [", ".join(parts)] * bool(parts)
+    if (f := one.forecast) is not None and t.seconds_left is not None:
+        further = f" with {f.attempts} further attempt{'s' * (f.attempts > 1)} and the queue as before" if f.attempts else ""
+        lines.append(f"{clock(t.seconds_left)} of steps left, done {_moment(f.end)}{further or ' if not interrupted'}")
     if c.hours:
+        unit = "GPU" if c.gpus else "process"
         price = f", {c.price:.2f} at the profile's price" if c.price is not None else ""
-        parts.append(f"{c.hours:.2f} {'GPU' if c.gpus else 'process'} hours{price}")
-    return [f"  {', '.join(parts)}"] * bool(parts) + [f"  {text}" for text in [*t.waits, *t.errors]]
+        more = f"; {c.hours_left:.2f} more to the end" if c.hours_left is not None else ""
+        more += f", {c.price_left:.2f}" if c.price_left is not None else ""
+        lines.append(f"{c.hours:.2f} {unit} hours{price}{more}")
+    return [f"  {text}" for text in [*lines, *t.waits, *t.errors]]
 
 
 def as_json(one: Status) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from launch import notifications
 from launch.resume import check_identity
-from launch.slurm import excluded_nodes, limits, render
+from launch.slurm import account_limits, excluded_nodes, limits, render
 from launch.slurm import slurm_commands as tools
 from launch.slurm.profile import ClusterProfile
 from pipeline.checkpoint import catalog
@@ -30,6 +30,7 @@ from pipeline.runtime import job_record as record
 from pipeline.runtime.known import digest
 from pipeline.runtime.locks import lock
 from pipeline.runtime.run_directory import RunDirectory
+from pipeline.tracking.destination import destination, unanswered
 from pipeline.tracking.mlflow_servers import remember
 from pipeline.untrusted import printable
 
@@ -113,6 +114,7 @@ def submit(
             "fovea: no snapshots are taken in a container: restarts continue from checkpoints",
             file=sys.stderr,
         )
+    _note_tracking(loaded)
     options = [f"--exclude={','.join(away)}"] if away else []
     text = render.script(config, profile, folder, command=typed, code_state=render.code_state())
     estimate = _test(text, options) if check else ""
@@ -189,6 +191,20 @@ def hand_in(
         run.write("submit/job.json", {**facts, "job": job})
         run.note("submit", job=job)
     return job
+
+
+def _note_tracking(loaded: Loaded) -> None:
+    """Print whether the tracking server answers; not for a run directory's own settings, which may be another user's."""
+    tracking = loaded.config.tracking
+    if not tracking.enabled or "mlflow" not in tracking.to or stored_run(loaded.source) is not None:
+        return
+    target = destination(tracking, Path(os.devnull))  # what the user names now, and not what a run directory does
+    if target.origin and (why := unanswered(target.uri)):
+        print(
+            f"fovea: MLflow at {target} does not answer from here ({why}); the run trains anyway, and "
+            "`fovea mlflow sync` sends its journal later",
+            file=sys.stderr,
+        )
 
 
 def _write_settings(loaded: Loaded, run: RunDirectory) -> None:
@@ -321,12 +337,17 @@ def possible(profile: ClusterProfile) -> limits.Partition | None:
         LaunchError: the job can never run, or Slurm does not answer.
     """
     available = limits.partition(profile.partition)
-    if available is not None and (reasons := limits.never_runs(profile, available)):
+    reasons = limits.never_runs(profile, available) if available is not None else []
+    refused, note = account_limits.check(profile, available)
+    if reasons := [*reasons, *refused]:
         raise LaunchError(
             f"the job can never run: {'; '.join(reasons)}",
             where="cluster profile",
-            hint=f"Change the profile, or override it with cluster.KEY=VALUE. Available is {available}",
+            hint="Change the profile, or override it with cluster.KEY=VALUE"
+            + (f". Available is {available}" if available is not None else ""),
         )
+    if note:
+        print(f"fovea: {note}", file=sys.stderr)
     return available
 
 

@@ -17,11 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch import host_memory, notifications
+from launch import host_memory
 from launch.slurm import excluded_nodes, job_end, memory_keepers, node_checks, successor, takeover
 from launch.slurm import slurm_commands as tools
 from launch.slurm.decide import RESTARTABLE, AttemptResult, Budgets, Decision, decide, spent
 from launch.slurm.job_nodes import JobNodes
+from launch.slurm.outbox import Outbox
 from launch.slurm.preflight import is_full
 from launch.slurm.steps import Step, filled, free_port
 from pipeline.errors import LaunchError
@@ -57,6 +58,7 @@ class Supervisor:
         self._full = ""
         self._restarts = int(self.facts.get("restarts", 0))
         self._nodes = JobNodes(self.job, int(self.facts.get("nodes", 1)), int(self.facts.get("spare", 0)), self.env)
+        self._outbox = Outbox(run, self.facts.get("notify") or {}, self.env, self._log)
 
     def attend(self) -> int:
         """Run the whole attempt; returns the batch script's exit code."""
@@ -75,18 +77,22 @@ class Supervisor:
             return self._finish(Decision("stop", "cancelled", f"job {before} was cancelled (scancel)"))
         if cut_off and (gives_up := spent(record.endings(self.run), Budgets(**self.facts["budgets"]))):
             decision = Decision("fail", str(record.endings(self.run)[-1].get("cause")), gives_up, spent=True)
+            self._outbox.add(decision)
             code = self._finish(decision)
         else:
+            self._outbox.resume()
             with contextlib.ExitStack() as stack:
                 self._keep_memory(stack)
                 self._announce_last()
                 decision = self._attempt()
                 while self._restartable(decision):
+                    self._outbox.add(decision)
                     self._announce_last()
                     decision = self._attempt()
+            if not self._replaced:
+                self._outbox.add(decision)
             code = self._act(decision)
-        if not self._replaced:
-            self._notify(decision)  # last: nothing waits for it
+        self._outbox.close(continues=self._replaced or decision.action == "requeue")
         return code
 
     # ---- one attempt ------------------------------------------------------------------------------------------------------
@@ -185,6 +191,8 @@ class Supervisor:
                 self._nodes.drop(nodes.bad)
             if nodes.bad and self.facts.get("spare") and self._nodes.enough:
                 self._log(f"the ranks run on {', '.join(self._nodes.training)}")
+                reasons = "; ".join(f"{node}: {why}" for node, why in nodes.bad.items())
+                self._outbox.add(Decision("requeue", "node", reasons, dict(nodes.bad)))
                 self._write(record.exclude, self.run, dict(nodes.bad), float(self.facts.get("exclude_hours", 24.0)))
                 self.env |= self._nodes.variables()
                 nodes = node_checks.NodeProblems()
@@ -322,23 +330,6 @@ class Supervisor:
             return False
         self._log(f"job {waiting[0].id} continues instead of this job, which Slurm would keep waiting for two minutes")
         return True
-
-    def _notify(self, decision: Decision) -> None:
-        """Notify the user of a decision, if the job was submitted with the settings of the run directory."""
-        event = {"finish": "finished", "fail": "budget" if decision.spent else "failed"}.get(decision.action, "")
-        if decision.action == "requeue":
-            event = "excluded" if decision.exclude else "hang" if decision.cause == "hang" else ""
-        settings = self.facts.get("notify") or {}
-        if not event or not settings:
-            return
-        if not notifications.in_job(settings, self.env):
-            self._log("nothing is notified: the settings of notify are not those with which this job was submitted")
-            return
-        try:
-            subject, lines = notifications.about(self.run, event, decision.why, decision.cause)
-            notifications.notify(settings, event, self.run.path, subject, lines)
-        except Exception as error:  # never the run's concern
-            self._log(f"warning: nothing is notified ({type(error).__name__})")
 
     def _requeue(self) -> int:
         """Put this job back into the queue, where it may start two minutes later."""

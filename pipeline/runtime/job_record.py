@@ -12,6 +12,7 @@
 <run>/live.json               the job whose supervisor attends the run
 <run>/work.json               samples that an embedding job has done, of how many
 <run>/handover.json           the job whose supervisor cancelled it in favour of its successor
+<run>/unsent.json             notifications that the next job sends
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pipeline.untrusted import read_json
 
 STOP, SAVE, NOW = "stop", "save", "now"
 WORK = "work.json"
+_UNSENT = "unsent.json"
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -119,6 +121,19 @@ def handed_over(run: RunDirectory) -> int | None:
     return number if type(number) is int else None
 
 
+def keep_unsent(run: RunDirectory, rows: list[dict[str, Any]]) -> None:
+    """Records notifications that the next job sends."""
+    run.write(_UNSENT, {"rows": rows})
+
+
+def take_unsent(run: RunDirectory) -> list[dict[str, Any]]:
+    """Removes the notifications that an earlier job could not deliver; returns them."""
+    rows = read(run.path / _UNSENT).get("rows")
+    with contextlib.suppress(OSError):
+        (run.path / _UNSENT).unlink(missing_ok=True)
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+
+
 def request(run: RunDirectory, what: str, reason: str) -> Path:
     """Writes a request where the ranks look for it: ``stop``, ``save`` or ``stop-<attempt>``."""
     folder = run.path / "control"
@@ -137,7 +152,7 @@ def pending_request(run: RunDirectory, what: str) -> dict[str, Any] | None:
 
 def clear(run: RunDirectory) -> None:
     """Removes the final state and the user's requests, so that the run can continue."""
-    for path in (run.path / "final_state.json", run.path / "control" / STOP, run.path / "control" / SAVE):
+    for path in (run.path / "final_state.json", run.path / _UNSENT, *(run.path / "control" / name for name in (STOP, SAVE))):
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
 

@@ -94,6 +94,16 @@ class RunDirectory:
         return above if (above / "sweep.json").is_file() else None
 
     @property
+    def sweep_size(self) -> int:
+        """Number of members of the sweep whose directory this is; 0 where that is not known."""
+        try:
+            document = read_json(self.path / "sweep.json")
+        except (OSError, DataError):
+            return 0
+        members = document.get("members") if isinstance(document, dict) else None
+        return len(members) if isinstance(members, list) else 0
+
+    @property
     def checkpoints(self) -> Path:
         """Directory of checkpoints."""
         return self.path / "checkpoints"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +71,26 @@ def destination(settings: TrackingSettings, run: Path, environment: Mapping[str,
     if kept.get("uri") and kept.get("origin"):
         return Destination(kept["uri"], experiment, kept["origin"])
     return Destination(uri_of((run / OWN).resolve()), experiment)
+
+
+def unanswered(uri: str, seconds: float = 3.0) -> str:
+    """Returns why a server cannot be reached, in a word or two; empty if it can, or if a proxy leads to it.
+
+    Args:
+        uri: tracking URI; only ``http`` and ``https`` are tried.
+        seconds: time for the connection.
+    """
+    parts = urllib.parse.urlsplit(uri)
+    if parts.scheme not in ("http", "https") or not parts.hostname or urllib.request.getproxies().get(parts.scheme):
+        return ""
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.hostname, port), timeout=seconds).close()
+    except TimeoutError:
+        return "no answer in time"
+    except (OSError, ValueError) as error:
+        return getattr(error, "strerror", None) or type(error).__name__
+    return ""
 
 
 def _recorded(path: Path) -> dict[str, str]:

@@ -188,6 +188,39 @@ class Shipper(JournalShipper):
             client.set_terminated(run_id, _ENDS[state], int(changed * 1000))
         elif state is not None:
             client.update_run(run_id, status="RUNNING")
+        if state is not None and self._sweep is not None:
+            try:
+                self._update_parent(ended=state in _ENDS)
+            except Exception as error:  # as wide as MLflow's; a member's own records do not wait for it
+                self._log(f"MLflow: the state of the sweep's run is not updated ({first_line(error)})")
+
+    def _update_parent(self, *, ended: bool) -> None:
+        """Sets the state of the sweep's run: running while a member runs, ended with the last of them. On a cluster nothing else
+        does, unless ``fovea sweep`` waits."""
+        assert self._sweep is not None
+        client, own = self._client, self._client.get_run(self._cursor["run_id"])
+        parent = own.data.tags.get(_PARENT, "")
+        if not parent:
+            return
+        if not ended:
+            client.set_tag(parent, "fovea.state", "running")
+            client.update_run(parent, status="RUNNING")
+            return
+        states: dict[str, str] = {}
+        token = None
+        while True:
+            condition = f"tags.`{_PARENT}` = '{parent}'"
+            page = client.search_runs([own.info.experiment_id], condition, max_results=1000, page_token=token)
+            for run in page:
+                name = run.info.run_name
+                states[name] = "RUNNING" if states.get(name) == "RUNNING" else run.info.status
+            if not (token := page.token):
+                break
+        if len(states) < RunDirectory(self._sweep).sweep_size or not set(states.values()) <= set(_ENDS.values()):
+            return
+        state = "finished" if set(states.values()) == {_ENDS["finished"]} else "stopped"
+        client.set_tag(parent, "fovea.state", state)
+        client.set_terminated(parent, _ENDS[state])
 
     def _offer(self, client: Any, kind: str, items: list[Any]) -> None:
         """Sends items; those that the server rejects permanently are logged and skipped, so that they block nothing else."""

@@ -2,8 +2,9 @@
 
 ``python rank.py RUN PLAN``; the plan is a JSON object: ``steps``, ``seconds`` a step, ``every`` so many steps a checkpoint, and
 what an attempt does at a step: ``{"0": [5, "crash"]}``, with crash, kill, refuse, freeze, quiet (rank 1 ends early with 0), meet
-(the ranks do not meet the first time), fill (fills the disk of the run and fails at the next file) or nonfinite. With ``scores``,
-by the name of the run directory, the run pauses at its ``train.pause_at`` and has its score of knn/k10 there.
+(the ranks do not meet the first time), broken (rank 1's node is at fault), fill (fills the disk of the run and fails at the next
+file) or nonfinite. With ``scores``, by the name of the run directory, the run pauses at its ``train.pause_at`` and has its score
+of knn/k10 there.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ VERDICTS = {
     "ConfigError": {"retryable": False, "cause": "refused"},
     "NonFiniteError": {"retryable": False, "cause": "nonfinite"},
     "RendezvousError": {"retryable": True, "cause": "rendezvous"},
+    "MachineError": {"retryable": True, "cause": "node"},
 }
 
 
@@ -85,6 +87,8 @@ while step < plan["steps"]:
             os.kill(os.getpid(), signal.SIGKILL)
         while act == "kill" and not told:  # until Slurm ends it, however busy the machine is
             time.sleep(0.02)
+        if act == "broken":
+            fail("MachineError", "uncorrectable ECC error") if rank == 1 else time.sleep(30)
         if act == "refuse":
             fail("ConfigError", "no such shard")
         if act == "nonfinite":

@@ -23,6 +23,8 @@ CODE = Path.cwd()  # the checkout whose code runs
 PATIENCE = 170.0  # seconds in which a run comes back, if it does
 SITE: dict[str, Any] = {"nodes": 2, "gpus_per_node": 0, "cpus_per_rank": 1, "memory": "50", "time": "30", "exclusive": False}
 SITE |= {"checkpoint_lead_time": 60, "host_python": sys.executable, "local_paths": (), "preflight": {"disk_gb": 0.001}}
+if other := os.environ.get("FOVEA_TEST_SLURM"):
+    SITE["setup"] = (f"export PATH={other}/bin:$PATH",)
 
 
 class Story:
@@ -156,6 +158,45 @@ def time_limit(s: Story) -> str:
     return s.comes_back()
 
 
+def preempted(s: Story) -> str:
+    """Preemption by requeue; the urgent job takes 3 s"""
+    s.submit()
+    s.reach(8)
+    urgent = s.folder / "urgent.sh"
+    urgent.write_text("#!/bin/bash\n#SBATCH --partition=urgent --nodes=2 --exclusive --output=/dev/null\nsleep 3\n")
+    s.slurm.call("sbatch", str(urgent))
+    return f"{s.comes_back()}; {s.account()}"
+
+
+def lost_node(s: Story) -> str:
+    """A node is lost (not the first), and is back at once"""
+    s.submit()
+    s.reach(8)
+    s.slurm.call("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    s.until(lambda: '"event": "end"' in (s.run / "attempts.jsonl").read_text(), 60)
+    s.slurm.call("scontrol", "update", "nodename=n2", "state=resume", check=False)
+    return f"{s.comes_back()}; {s.account()}"
+
+
+def cancelled_finished(s: Story) -> str:
+    """`fovea cancel` of a finished run"""
+    s.submit(steps=12)
+    s.until(lambda: s.verdict() == "finished")
+    answer = s.fovea("cancel", str(s.run))
+    return f"`{answer.splitlines()[-1][:60]}`; the run is {s.verdict()}"
+
+
+def blank(s: Story) -> str:
+    """A run directory with a blank in its name"""
+    s.run = s.folder / "my run"
+    try:
+        s.submit(steps=12)
+    except Exception as error:  # the message is the result
+        return f"refused: `{str(error)[:100]}`"
+    s.until(lambda: s.verdict() == "finished")
+    return f"{s.verdict() or 'does not begin'}; queue: {s.queue()}"
+
+
 def hang_at_limit(s: Story) -> str:
     """Ranks hang at the time limit and do not end"""
     s.submit({"0": [8, "freeze"]}, time="2")
@@ -211,11 +252,15 @@ STORIES = (
     requeue,
     requeue_and_scancel,
     time_limit,
+    preempted,
+    lost_node,
     hang_at_limit,
     killed_supervisor,
     full_disk,
     silent_slurm,
     never_runs,
+    cancelled_finished,
+    blank,
 )
 
 
@@ -227,7 +272,10 @@ def tell(out: Path, names: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="fovea-interruptions-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         own = {"AuthInfo": f"socket={folder}/c/munge/sock", "KillWait": "30", "MinJobAge": "300"}
-        with cluster(folder / "c", extra=own) as slurm:
+        own |= {"PreemptType": "preempt/partition_prio", "PreemptMode": "REQUEUE"}
+        partitions = ["PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1"]
+        partitions += ["PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF"]
+        with cluster(folder / "c", extra=own, partitions=partitions) as slurm:
             os.environ |= slurm.environment
             for story in (one for one in STORIES if one.__name__ in names or not names):
                 (folder / story.__name__).mkdir()

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from email import message_from_bytes
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from launch import notifications
 from launch.notifications import about, accepted, choose, in_job, notify
 from launch.slurm import profile as profiles
 from launch.slurm.decide import Decision
-from launch.slurm.supervisor import Supervisor
+from launch.slurm.outbox import Outbox
 from pipeline.config.load import load
 from pipeline.errors import ConfigError
 from pipeline.runtime import job_record as record
@@ -327,12 +328,76 @@ def test_a_supervisor_notifies_these_decisions_and_no_others(
     run: RunDirectory, tmp_path: Path, decision: Decision, event: str
 ) -> None:
     settings = section(command=["sh", "-c", f'echo "$FOVEA_EVENT" > {tmp_path}/event; cat > {tmp_path}/text'])
-    run.write("submit/job.json", {"job": 7, "lead": 60, "notify": settings})
-    environment = {"SLURM_JOB_ID": "7", notifications.VARIABLE: digest(notifications.canonical(settings))}
-    Supervisor(run, environment)._notify(decision)
+    environment = {notifications.VARIABLE: digest(notifications.canonical(settings))}
+    outbox = Outbox(run, settings, environment, print)
+    outbox.add(decision)
+    outbox.close(continues=False)
     assert (tmp_path / "event").exists() is bool(event)
     if event:
         assert (tmp_path / "event").read_text().strip() == event and decision.why in (tmp_path / "text").read_text()
+
+
+def test_a_restart_waits_for_no_notification_and_the_next_job_sends_what_is_left(run: RunDirectory, tmp_path: Path) -> None:
+    # The program waits for a file that is made only after the first job has closed its outbox: whoever waits for it hangs.
+    script = f"while [ ! -e {tmp_path}/go ]; do sleep 0.05; done; cat >> {tmp_path}/text"
+    settings = section(command=["sh", "-c", script], email_to="a@lab.org", smtp="127.0.0.1:1", smtp_security="none", timeout=120)
+    environment = {notifications.VARIABLE: digest(notifications.canonical(settings))}
+
+    def results() -> list[str]:
+        rows = map(json.loads, (run.path / "notifications.jsonl").read_text().splitlines())
+        return [f"{row['event']} {row['channel']}: {row['result']}" for row in rows]
+
+    first = Outbox(run, settings, environment, print)
+    with hang_limit(60):
+        first.add(Decision("requeue", "hang", "no rank sent a heartbeat"))
+        first.close(continues=True)
+    assert results() == ["hang email: ConnectionRefusedError", "hang command: no answer yet; the next job sends it again"]
+    stranger = Outbox(run, settings, {}, print)  # submitted with other settings: sends nothing
+    (tmp_path / "go").touch()
+    unsent = (run.path / "unsent.json").read_text()
+    stranger.resume()
+    stranger.close(continues=False)
+    assert len(results()) == 2 and not (tmp_path / "text").exists()
+    (run.path / "unsent.json").write_text(unsent)
+    second = Outbox(run, settings, environment, print)
+    second.resume()
+    second.close(continues=False)
+    assert results()[2:] == ["hang command: sent"], "by that channel only"
+    assert "no rank sent a heartbeat" in (tmp_path / "text").read_text()
+    Outbox(run, settings, environment, print).resume()
+    assert len(results()) == 3, "sent twice"
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"rows": 5}', '{"rows": [5, {}, {"event": 1, "lines": [], "channels": "x"}]}'])
+def test_a_damaged_list_of_what_is_left_sends_nothing(run: RunDirectory, tmp_path: Path, content: str) -> None:
+    settings = section(command=["touch", str(tmp_path / "sent")])
+    (run.path / "unsent.json").write_text(content)
+    outbox = Outbox(run, settings, {notifications.VARIABLE: digest(notifications.canonical(settings))}, print)
+    outbox.resume()
+    outbox.close(continues=False)
+    assert not (tmp_path / "sent").exists() and not (run.path / "unsent.json").exists()
+
+
+def test_sendmail_gets_the_message_on_its_standard_input(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "bin" / "sendmail"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/arguments\ncat > {tmp_path}/mail\nexit $(cat {tmp_path}/code)\n')
+    program.chmod(0o755)
+    (tmp_path / "code").write_text("0")
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    settings = section(email_to=["a@lab.org", "b@lab.org"], email_from="fovea@lab.org")
+    assert send(settings, run, "failed", "no space left") == ["email: sent"]
+    assert (tmp_path / "arguments").read_text() == "-i -t\n", "recipients are read from the message, a line with a dot is no end"
+    message = message_from_bytes((tmp_path / "mail").read_bytes())
+    assert (message["To"], message["From"]) == ("a@lab.org, b@lab.org", "fovea@lab.org")
+    assert message["Subject"] == "fovea: toy: failed" and "no space left" in str(message.get_payload())
+    (tmp_path / "code").write_text("75")
+    assert send(settings, run)[-1] == "email: the program ended with code 75"
+    program.unlink()
+    monkeypatch.setattr("shutil.which", lambda name, path=None: None)
+    assert send(settings, run)[-1] == "email: the program sendmail is missing; set notify.smtp"
 
 
 def test_files_of_a_profile_are_relative_to_where_it_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -407,6 +407,34 @@ def test_members_of_a_sweep_that_ship_at_once_have_one_parent(bench: Bench, tmp_
     assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {parent}
 
 
+def test_the_run_of_a_sweep_ends_with_its_last_member_and_goes_on_with_the_first_that_is_resumed(
+    bench: Bench, tmp_path: Path
+) -> None:
+    sweep = tmp_path / "lr_sweep"
+    sweep.mkdir()
+    (sweep / "sweep.json").write_text(json.dumps({"members": [["run.seed=0"], ["run.seed=1"]]}))
+
+    def reports(number: int, *states: str, attempt: int = 0) -> str:
+        folder = sweep / f"{number:03d}" / "tracking"
+        journal = Journal(folder / f"journal-{attempt:04d}.jsonl")
+        for state in states:
+            journal.tags({"fovea.state": state})
+        journal.close()
+        name = f"lr_sweep-{number:03d}"
+        Shipper(folder, uri=bench.uri, experiment="tests", name=name, log=bench.said.append, sweep=sweep).ship()
+        (parent,) = [run for run in bench.runs() if run.info.run_name == "lr_sweep"]
+        return f"{parent.info.status} {parent.data.tags.get('fovea.state', '')}".strip()
+
+    assert reports(0, "running", "finished").startswith("RUNNING"), "the other has not begun"
+    assert reports(1, "running") == "RUNNING running"
+    assert reports(1, "stopped") == "KILLED stopped"
+    assert reports(1, "running", attempt=1) == "RUNNING running"
+    assert reports(1, "finished", attempt=2) == "FINISHED finished"
+    (sweep / "sweep.json").write_text("[")
+    assert reports(1, "running", attempt=3) == "RUNNING running", "a damaged record stops no member"
+    assert not bench.said
+
+
 def test_a_sweep_whose_folder_of_records_is_a_link_gets_nothing(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     sweep = tmp_path / "foreign"

@@ -109,10 +109,12 @@ class Listing:
     Attributes:
         files: entries by file name.
         exists: whether the folder has one.
+        version: of the object that was read; empty if there is none.
     """
 
     files: Mapping[str, Entry] = field(default_factory=dict)
     exists: bool = False
+    version: str = ""
 
     def digest_of(self, name: str, about: ObjectStat) -> Digest | None:
         """Checksums of an object that is still the version that the listing was written for; ``None`` if they are not known."""
@@ -149,7 +151,7 @@ def read_listing(remote: Remote, folder: str) -> Listing:
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
         document = parse_json(content)
         if document["format"] == _FORMAT:
-            return Listing({plain_name(name, where=url): _entry(row) for name, row in document["files"].items()}, True)
+            return Listing({plain_name(name, where=url): _entry(row) for name, row in document["files"].items()}, True, about.tag)
     raise _damaged(url, "its content is not one")
 
 

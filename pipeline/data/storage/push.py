@@ -6,7 +6,10 @@ uploads, which no reader sees); the same call continues with what is missing.
 
 from __future__ import annotations
 
+import contextlib
+import random
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,11 +17,12 @@ from pathlib import Path
 
 from pipeline.data.storage.listing import LISTING, Digest, Entry, Listing, digest, read_listing, same
 from pipeline.data.storage.names import is_remote, split
-from pipeline.data.storage.remote import Remote, ShardNotFound, StorageUnavailable
+from pipeline.data.storage.remote import Remote, ShardChanged, ShardNotFound, StorageUnavailable
 from pipeline.errors import DataError
 from pipeline.untrusted import plain_name, printable
 
 _AT_ONCE = 2  # files: one is read for its checksum while another is sent
+_TRIES = 50  # of writing the listing while others write it too
 _AGAIN = "Run the same command again: what has arrived is not sent again"
 LISTS = (".pack.json", ".skipped.txt", ".notes.txt")  # files that a packing writes beside its shards
 
@@ -181,12 +185,24 @@ class Sender:
         return self._note(path.name, own, tag, sent=True), True
 
     def finish(self) -> None:
-        """Writes the listing, with the files of earlier calls that are still there."""
-        earlier = read_listing(self._remote, self._target).files  # again: another prefix may have been pushed since
-        present = {about.url[len(self._target) :] for about in self._remote.list(self._target)}
-        merged = {name: entry for name, entry in {**earlier, **self._entries}.items() if name in present}
-        if merged != dict(earlier):
-            self._remote.put_bytes(Listing(merged).document(), f"{self._target}{LISTING}")
+        """Writes the listing, with the files of earlier calls that are still there, and of others that finish at the same time.
+
+        Raises:
+            DataError: it is replaced again and again.
+        """
+        for _ in range(_TRIES):
+            earlier = read_listing(self._remote, self._target)  # again: another prefix may have been pushed since
+            present = {about.url[len(self._target) :] for about in self._remote.list(self._target)}
+            merged = {name: entry for name, entry in {**earlier.files, **self._entries}.items() if name in present}
+            if merged == dict(earlier.files):
+                return
+            with contextlib.suppress(ShardChanged):
+                self._remote.replace_bytes(Listing(merged).document(), f"{self._target}{LISTING}", earlier.version)
+                return
+            time.sleep(random.uniform(0.05, 0.5))
+        raise DataError(
+            "is replaced by other programs all the time", where=f"{self._target}{LISTING}", hint=f"Stop them. {_AGAIN}"
+        )
 
     def _counted(self, path: Path) -> str:
         if self._away.is_set():
@@ -214,7 +230,8 @@ class Sender:
         """Compares an object with the file that was sent; returns its version."""
         try:
             about = self._remote.stat(url)
-            replaced = bool(tag) and about.tag != tag
+            # Another program may have sent the same file at the same time.
+            replaced = bool(tag) and about.tag != tag and not same(self._remote, own, about, Listing())
         except ShardNotFound:
             replaced = True
         if replaced:

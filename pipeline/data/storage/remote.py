@@ -37,6 +37,9 @@ _log = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
 
 
+_CONDITIONS = ("PreconditionError", "AlreadyExistsError")  # of the client library: another version is there
+
+
 class StorageUnavailable(DataError):
     """Storage did not answer, or refused, until the timeout. Not an error of one sample: no substitute is used."""
 
@@ -198,19 +201,37 @@ class Remote:
         """Uploads a small object atomically; see :meth:`put`."""
         return self._put(content, url)
 
-    def _put(self, content: Path | bytes, url: str) -> str:
+    def replace_bytes(self, content: bytes, url: str, version: str) -> str:
+        """Uploads a small object in place of a known version; returns its new version.
+
+        A bucket that knows no conditions (some servers compatible with S3) replaces whatever is there.
+
+        Args:
+            content: the object.
+            url: URL in a bucket.
+            version: the version that it replaces; empty for an object that must not exist.
+
+        Raises:
+            ShardChanged: another version is there.
+            StorageUnavailable: as :meth:`put`.
+        """
+        return self._put(content, url, {"e_tag": version} if version else "create")
+
+    def _put(self, content: Path | bytes, url: str, mode: Any = None) -> str:
         import obstore
 
         location, part = split(url), self.part_size
         if location.kind == "https":
             raise DataError("a web server does not accept uploads", where=url, hint="Name a bucket or a folder")
         parallel = self._settings.download_concurrency
-        result = self._with_retry(
-            url,
-            location,
-            lambda store: obstore.put(store, location.key, content, chunk_size=part, max_concurrency=parallel),
-        )
-        return str(result["e_tag"] or "")
+
+        def send(store: Any) -> Any:
+            if mode is not None:
+                with contextlib.suppress(obstore.exceptions.NotSupportedError):
+                    return obstore.put(store, location.key, content, mode=mode)
+            return obstore.put(store, location.key, content, chunk_size=part, max_concurrency=parallel)
+
+        return str(self._with_retry(url, location, send)["e_tag"] or "")
 
     def delete(self, url: str) -> None:
         """Deletes an object; a missing one is no error.
@@ -260,7 +281,7 @@ class Remote:
                 self.counters["seconds"] += time.monotonic() - begin
                 return value
             except Exception as error:
-                if isinstance(error, FileNotFoundError) or type(error).__name__ == "PreconditionError":
+                if isinstance(error, FileNotFoundError) or type(error).__name__ in _CONDITIONS:
                     raise self._explained(url, error, location) from error
                 waited = time.monotonic() - begin
                 if waited + pause > self._settings.outage_timeout:
@@ -322,7 +343,7 @@ class Remote:
     def _explained(self, url: str, error: Exception, location: Location, waited: float | None = None) -> DataError:
         """Converts an error of the client library to a message with a hint."""
         text, kind = str(error), type(error).__name__
-        if kind == "PreconditionError":
+        if kind in _CONDITIONS:
             return _changed(url)
         if "NoSuchBucket" in text:
             return DataError(f"bucket {location.root} does not exist", where=url, hint="Check its name and the endpoint")

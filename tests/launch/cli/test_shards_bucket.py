@@ -168,6 +168,49 @@ def test_a_push_killed_anywhere_shows_complete_objects_only_and_continues(
     assert len(objects(door, target)) == 6
 
 
+def begin_push(folder: Path, target: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "launch.cli.main", "shards", "push", str(folder), target]
+    return subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_of_two_pushes_to_one_folder_neither_drops_the_others_files_from_the_listing(
+    door: Proxy, target: str, shards: Path, tmp_path: Path, existing: bool
+) -> None:
+    """The second one sends everything and its listing just before the first one writes its own."""
+    for name in ("first", "second", "old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.tar").write_bytes(name.encode() * 1000)
+    if existing:
+        assert fovea("shards", "push", tmp_path / "old", target) == 0
+    answers = []
+
+    def interrupt(method: str, path: str) -> None:
+        if method == "PUT" and path.partition("?")[0].endswith("shards.json"):
+            door.on_request = None
+            process = begin_push(tmp_path / "second", target)
+            answers.append((process.communicate()[0], process.returncode))
+
+    door.on_request = interrupt
+    assert fovea("shards", "push", tmp_path / "first", target) == 0
+    ((text, code),) = answers
+    assert code == 0 and "1 copied" in text, text
+    store = remote(door)
+    about = store.stat(f"{target}/shards.json")
+    listed = json.loads(store.read(about, 0, about.size))["files"]
+    assert sorted(listed) == ["first.tar", *(["old.tar"] if existing else []), "second.tar"]
+
+
+def test_two_pushes_of_one_directory_at_once_both_succeed(door: Proxy, target: str, shards: Path, tmp_path: Path) -> None:
+    both = [begin_push(shards, target) for _ in range(2)]
+    answers = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], answers
+    assert len(objects(door, target)) == 6
+    assert fovea("shards", "pull", target, tmp_path / "out") == 0
+    for path in shards.glob("web-*.tar"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
 def test_pull_fetches_verifies_and_does_not_fetch_again(
     door: Proxy, target: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,6 +24,7 @@ from tests.helpers.cluster_runs import (
     queue,
     ranks_of,
     reach,
+    start_now,
     starter,
     supervisor_of,
     until,
@@ -143,7 +144,7 @@ def test_a_requeue_by_hand_leaves_one_job(slurm: Cluster, start: Start) -> None:
     log = (run.path / "logs" / f"batch-{job}.log").read_text()
     assert "error" not in log.replace("slurmstepd", "").lower().split("fovea:", 1)[1].replace("error: ***", ""), log
     assert status.status(run).state == "waiting"
-    slurm.call("scontrol", "update", f"JobId={job}", "StartTime=now")  # spares the test two minutes
+    start_now(slurm, job)  # spares the test two minutes
     assert verdict(run)["state"] == "finished"
     until(lambda: not queue(run), "a job of a finished run is left in the queue")
     assert [row["job"] for row in record.endings(run)] == [job, job]
@@ -247,7 +248,7 @@ def test_where_no_second_job_is_allowed_the_job_is_requeued(slurm: Cluster, star
     until(lambda: queue(run) == [(job, "PENDING")], "the job is not requeued")
     log = (run.path / "logs" / f"batch-{job}.log").read_text()
     assert "no successor could be submitted" in log and "QOSMaxSubmitJobPerUserLimit" in log and "requeued instead" in log
-    slurm.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+    start_now(slurm, job)
     assert verdict(run)["state"] == "finished"
     assert causes(run) == ["crash", "finished"]
 
@@ -259,7 +260,7 @@ def test_without_a_successor_the_same_job_comes_back(slurm: Cluster, start: Star
     slurm.call("scancel", "--batch", "-s", "USR2", str(job))
     until(lambda: queue(run) == [(job, "PENDING")], "the job is not requeued")
     assert causes(run) == ["signal"] and not record.final_state(run)
-    slurm.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+    start_now(slurm, job)
     reach(run, 1, attempt=1)
     slurm.call("scancel", str(job))
     assert verdict(run)["state"] == "stopped"
@@ -289,7 +290,7 @@ def test_a_disk_that_becomes_full_ends_the_attempt_and_not_the_run(slurm: Cluste
         assert moment(other, "EligibleTime") > time.time() + 60, "the successor does not wait for space"
         assert not record.final_state(run)
         (run.path / "fill").unlink()
-        slurm.call("scontrol", "update", f"JobId={other}", "StartTime=now")
+        start_now(slurm, other)
         assert verdict(run)["state"] == "finished"
         assert [row["job"] for row in record.endings(run)][-1] == other and causes(run)[-1] == "finished"
         print(json.dumps(record.endings(run), indent=1))
@@ -307,3 +308,22 @@ def test_scancel_ends_the_run_within_a_short_kill_wait(tmp_path: Path, monkeypat
         assert verdict(run)["state"] == "stopped"
         until(lambda: not queue(run), "a job of a cancelled run is left in the queue")
         assert made.state(job) == "CANCELLED" and len(record.endings(run)) == 1
+
+
+def test_a_long_kill_wait_costs_nothing_where_the_ranks_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 300 s nobody is killed in time: what ends must end by itself, and the supervisor must not wait for the killing."""
+    with cluster(tmp_path / "c", extra={"KillWait": "300"}, defaults=True) as made:
+        begin = starter(made, tmp_path, monkeypatch)
+        cancelled, job = begin(steps=5000)
+        reach(cancelled, 6)
+        wait_for_successor(cancelled, job)
+        made.call("scancel", str(job))
+        assert "saved at step" in verdict(cancelled)["why"]
+        until(lambda: not queue(cancelled), "a job of a cancelled run is left in the queue")
+        requeued, job = begin(steps=5000, folder="b")
+        reach(requeued, 6)
+        wait_for_successor(requeued, job)
+        made.call("scontrol", "requeue", str(job))
+        until(lambda: queue(requeued) == [(job, "PENDING")], "the requeued job is not alone")
+        assert causes(requeued) == ["requeued"]
+        fovea("cancel", str(requeued.path))

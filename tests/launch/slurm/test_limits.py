@@ -59,3 +59,11 @@ def test_a_partition_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_slurm_without_a_default_partition_is_left_to_sbatch(monkeypatch: pytest.MonkeyPatch) -> None:
     answers(monkeypatch, "PartitionName=main Default=NO MaxTime=UNLIMITED\n", "")
     assert limits.partition(None) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "keeps"),
+    [("accounting_storage/none", False), ("(null)", False), (None, False), ("accounting_storage/slurmdbd", True)],
+)
+def test_whether_slurm_has_an_accounting_is_read_as_old_and_new_versions_write_it(kind: str | None, keeps: bool) -> None:
+    assert tools.keeps_accounts({"AccountingStorageType": kind} if kind is not None else {}) is keeps

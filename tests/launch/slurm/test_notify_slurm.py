@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from launch.slurm import profile as profiles
+from launch.slurm import slurm_commands as tools
 from launch.slurm.submit import submit
 from pipeline.config.load import load
 from pipeline.runtime import job_record as record
@@ -22,7 +23,7 @@ pytestmark = NEEDS_SLURM
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with cluster(tmp_path_factory.mktemp("slurm") / "c") as made:
+    with cluster(tmp_path_factory.mktemp("slurm") / "c", nodes=3) as made:
         yield made
 
 
@@ -45,13 +46,34 @@ def sent(run: RunDirectory) -> list[tuple[str, str]]:
 
 
 def test_a_hang_and_the_end_are_notified_and_a_hanging_program_holds_nothing_up(start: Start, tmp_path: Path) -> None:
-    run, _ = start({"0": [5, "freeze"]}, hang_timeout=3, notify=writing(tmp_path / "mail"))
+    # It ends only when the next attempt has begun, so whoever waits for it before that waits until it is given up.
+    section = writing(tmp_path / "mail")
+    begun = tmp_path / "run" / "logs" / "attempt-0001"
+    section["command"][2] = f"while [ ! -e {begun} ]; do sleep 0.1; done; {section['command'][2]}"
+    run, _ = start({"0": [5, "freeze"]}, hang_timeout=3, notify={**section, "timeout": 120})
     assert verdict(run)["state"] == "finished" and causes(run) == ["hang", "finished"]
-    until(lambda: len(sent(run)) == 2, "not both were notified")
-    assert sent(run) == [("hang", "sent"), ("finished", "sent")]
+    until(lambda: len(sent(run)) == 3, "not all were notified")
+    assert sent(run)[0] == ("hang", "no answer yet; the next job sends it again")
+    assert sorted(sent(run)[1:]) == [("finished", "sent"), ("hang", "sent")]
     text = (tmp_path / "mail").read_text()
     assert "<hang>" in text and "no rank sent a heartbeat" in text and f"next: fovea logs {run.path}" in text
     assert "<finished>" in text and "all 8 steps are done" in text and f"next: fovea report {run.path}" in text
+
+
+def test_a_node_at_fault_is_notified_and_avoided_and_so_is_a_hang_within_a_job(
+    slurm: Cluster, start: Start, tmp_path: Path
+) -> None:
+    acts = {"0": [3, "broken"], "1": [5, "freeze"]}
+    run, job = start(acts, "launch.restarts=1", hang_timeout=3, notify=writing(tmp_path / "mail"))
+    assert verdict(run)["state"] == "finished" and causes(run) == ["node", "hang", "finished"]
+    first, second, third = record.endings(run)
+    assert first["job"] == job != second["job"] == third["job"], "the second restart is within the job"
+    (bad,) = record.excluded(run)
+    assert bad in first["nodes"].replace("[1-2]", "1,n2") and bad not in tools.nodes(second["nodes"])
+    until(lambda: len(sent(run)) == 3, "not all were notified")
+    assert sent(run) == [("excluded", "sent"), ("hang", "sent"), ("finished", "sent")]
+    text = (tmp_path / "mail").read_text()
+    assert "a node is excluded: uncorrectable ECC error" in text and f"fovea resume {run.path} --forgive-nodes" in text
 
 
 def test_a_failure_and_a_spent_budget_name_the_reason(start: Start, tmp_path: Path) -> None:

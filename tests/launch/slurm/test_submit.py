@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -279,6 +280,32 @@ def test_a_submission_that_slurm_refuses_leaves_no_new_run(
     with pytest.raises(LaunchError, match="violates accounting/QOS policy"):
         submit(loaded, ClusterProfile(nodes=1, gpus_per_node=2, local_paths=()), index=False)
     assert run.path.exists() is not is_new and run.config.exists() is not is_new
+
+
+def test_a_tracking_server_that_does_not_answer_is_named_and_stops_nothing(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    programs(tmp_path, monkeypatch, sbatch="echo 77")
+    profile = ClusterProfile(nodes=1, gpus_per_node=2, local_paths=())
+
+    def said(name: str, *settings: str) -> str:
+        common = ["data.shards=/nowhere/x.tar", f"run.directory={tmp_path / name}", "tracking.enabled=true"]
+        assert submit(load(toy, [*common, *settings]), profile, index=False).job == 77
+        return capsys.readouterr().err
+
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        dead = said("a", f"tracking.uri={address}")
+        assert f"MLflow at {address} (tracking.uri) does not answer from here" in dead and "mlflow sync" in dead
+        assert f"MLflow at {address} (MLFLOW_TRACKING_URI) does not answer" in said("b")
+        server.listen()
+        assert not said("c", f"tracking.uri={address}")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert not said("d"), "a database in the run directory is nobody's server"
 
 
 def test_a_job_knows_its_code_whatever_becomes_of_the_checkout(tmp_path: Path) -> None:

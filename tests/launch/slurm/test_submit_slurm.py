@@ -63,6 +63,19 @@ def test_what_can_never_run_is_refused_and_leaves_no_run(words: list[str], tmp_p
     assert "partition" in answer and not (tmp_path / "run").exists()
 
 
+def test_a_run_directory_with_a_blank_has_its_log_and_its_jobs(slurm: Cluster, words: list[str], tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "my runs" / "run 1")
+    fovea(*words, f"run.directory={run.path}")
+    ((job, state),) = queue(run)
+    assert state == "PENDING" and f"StdOut={run.path}/logs/batch-{job}.log\n" in slurm.call("scontrol", "show", "job", str(job))
+    slurm.call("scontrol", "release", str(job))
+    log = run.path / "logs" / f"batch-{job}.log"
+    until(lambda: log.exists() and "takes over when this one ends" in log.read_text(), "the supervisor has not begun")
+    assert len(queue(run)) == 2
+    fovea("cancel", str(run.path))
+    until(lambda: not queue(run), "a cancelled run is in the queue")
+
+
 def test_a_refused_submission_of_an_old_run_keeps_it(words: list[str], tmp_path: Path) -> None:
     fovea(*words)
     fovea("cancel", str(tmp_path / "run"))

@@ -18,7 +18,7 @@ from launch.slurm import status
 from pipeline.data.pack import synthetic as scenes
 from pipeline.runtime import job_record as record
 from pipeline.runtime.run_directory import RunDirectory
-from tests.helpers.cluster_runs import queue, until
+from tests.helpers.cluster_runs import queue, supervisor_of, until, verdict
 from tests.helpers.mlflow_server import MlflowServer
 from tests.helpers.runs import ROOT, TOY, environment, recorded, train, weights
 from tests.helpers.s3 import KEYS, upload
@@ -136,8 +136,20 @@ def test_submitted_once_interrupted_by_everything_it_ends_as_if_nothing_had_happ
     _reach(run, 140)  # an urgent job takes the nodes
     urgent = tmp_path / "urgent.sh"
     urgent.write_text("#!/bin/bash\n#SBATCH --partition=urgent --nodes=2 --exclusive --output=/dev/null\nsleep 2\n")
+    attempt = run.next_attempt() - 1
     slurm.call("sbatch", str(urgent))
+    _next(run, attempt)
+    attempt = _reach(run, 170)  # the supervisor is killed, its ranks with it
+    os.kill(supervisor_of(run), signal.SIGKILL)
+    _next(run, attempt)
+    _reach(run, 200)  # a person cancels the job and, as only a person can, resumes the run
+    slurm.call("scancel", str(_job(run)))
+    assert "cancelled (scancel)" in verdict(run)["why"]
+    until(lambda: not queue(run), "a job of a cancelled run is left in the queue")
     mlflow.start()
+    words = [sys.executable, "-m", "launch.cli.main", "resume", str(run.path)]
+    resumed = subprocess.run(words, env=keys, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert resumed.returncode == 0, resumed.stderr
     end = time.monotonic() + 300
     while not (over := record.final_state(run)):
         assert time.monotonic() < end, "\n".join(path.read_text()[-2000:] for path in (run.path / "logs").glob("batch-*"))
@@ -153,7 +165,7 @@ def test_submitted_once_interrupted_by_everything_it_ends_as_if_nothing_had_happ
     assert weights(run.path, STEPS) == weights(reference, STEPS)
 
     causes = [row["cause"] for row in record.endings(run)]
-    assert causes == ["signal", "crash", "requeued", "preempted", "finished"], causes
+    assert causes == ["signal", "crash", "requeued", "preempted", "supervisor", "cancelled", "finished"], causes
     good = status.goodput(run)
     assert 0 < good.share < 1 and good.lost > 0 and good.waiting > 0
     print(status.table(status.status(run)))
