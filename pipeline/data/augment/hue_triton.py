@@ -1,7 +1,7 @@
 """Rotates the hue of images exactly, in HSV space, in one Triton kernel.
 
-The same operations in the same order as :mod:`pipeline.data.augment.hue`, so that the pixels are the same. As DALI operators on a
-GPU they are 64 kernels, each of which reads and writes whole images in fp32; here each pixel is read and written once, in 6 bytes.
+The same operations in the same order as :mod:`pipeline.data.augment.hue`, so that the pixels are the same. As DALI operators on
+a GPU they are 64 kernels, each of which reads and writes images in fp32; here each pixel is read and written once, in 6 bytes.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from tests.helpers.standin.recorder import Record
 
 _COMMAND = "python -m tests.helpers.standin.page pipeline/bench/results/host-path --before <checkout of 6373b94>"
 _STEPS, _KEPT = 12, 8
+_AFTER = ("step", "teacher", "log")  # phases in which a GPU whose host has just waited for it is idle
 COLUMNS = {
     "waits": "host waits",
     "blocking": "blocking copies",
@@ -29,6 +30,7 @@ COLUMNS = {
     "collectives": "collectives",
     "megabytes": "MB",
     "cpu_ms": "CPU ms",
+    "after_backward_ms": "of it after backward",
     "loader_blocks": "loader: waits and blocking copies",
     "loader_default": "loader: on the training stream",
 }
@@ -50,6 +52,7 @@ def figures(records: list[Record]) -> dict[str, float]:
         "collectives": sum(one.calls for one in sent),
         "megabytes": sum(one.bytes for one in sent) / 1e6,
         "cpu_ms": 1000 * statistics.median(sum(record.seconds.values()) for record in records),
+        "after_backward_ms": 1000 * statistics.median(sum(record.seconds.get(name, 0) for name in _AFTER) for record in records),
         "loader_blocks": sum(block.calls for block in blocked) / len(records),
         "loader_default": at_default / len(records),
     }
