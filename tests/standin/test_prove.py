@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.bench.prove.speed import _RECIPES
 from tests.helpers.standin import process
 
 pytestmark = pytest.mark.slow
@@ -33,7 +34,8 @@ def test_the_stage_runs_to_its_end(stage: str, tmp_path: Path) -> None:
     assert named["kernels"] == "triton" if stage == "kernels" else "device 7" in named
 
 
-def test_speed_measures_eager_compiled_and_8_bit_steps_in_one_process(tmp_path: Path) -> None:
-    names = [row["name"].partition(", ")[2] for row in rows_of("speed", tmp_path)]
-    forms = ("fovea", "fovea, compiled")
-    assert [name for name in names if name.startswith("fovea")] == [*forms, *(f"{form}, fp8" for form in forms)]
+def test_speed_measures_eager_compiled_and_8_bit_steps_of_each_recipe_in_one_process(tmp_path: Path) -> None:
+    rows = [row["name"].partition(", ") for row in rows_of("speed", tmp_path)]
+    forms = ("fovea", "fovea, compiled", "fovea, fp8", "fovea, compiled, fp8")
+    for title in ("ViT-tiny-16", *_RECIPES):
+        assert [name for own, _, name in rows if own == title and name.startswith("fovea")] == list(forms)
