@@ -114,10 +114,8 @@ def fused_hue(device_id: int) -> _Turn | None:
     except Exception as error:  # of a compiler, a driver or DALI: there is another way
         problem = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
     if problem:
-        text = (
-            f"exact hue takes DALI's operators on cuda:{device_id} instead of one kernel ({problem}); set augment.hue_space=yiq"
-        )
-        print(f"fovea: {text} if data loading is too slow", file=sys.stderr, flush=True)
+        text = f"exact hue takes 64 operators of DALI on cuda:{device_id}, not one kernel ({problem})"
+        print(f"fovea: {text}; if loading is slow, set method.augment.hue_space=yiq", file=sys.stderr, flush=True)
     return None if problem else turn
 
 
@@ -394,10 +392,6 @@ def _channel_graph(group: Group, channels: ChannelSpec, inputs: _Inputs) -> Any:
     )
 
 
-def _jitters(group: Group) -> bool:
-    return group.channels is None and any(name == "jitter" for name, _ in group.operators)
-
-
 class Augmenter:
     """Crops, resizes, augments and normalizes the views of a batch according to its plan.
 
@@ -427,7 +421,8 @@ class Augmenter:
     def _build(group: Group, batch_size: int, threads: int, device_id: int | None, hue: str) -> tuple[Any, list[str]]:
         """Builds the graph of a group; returns it with the names of the plan arrays that it reads."""
         pool = ThreadPoolExecutor(threads, "fovea-hue") if hue == "hsv" and device_id is None and threads > 1 else None
-        turn = fused_hue(device_id) if device_id is not None and hue == "hsv" and _jitters(group) else None
+        jitters = group.channels is None and any(name == "jitter" for name, _ in group.operators)
+        turn = fused_hue(device_id) if device_id is not None and hue == "hsv" and jitters else None
         inputs = _Inputs(hue, "cpu" if device_id is None else "gpu", read=[], pool=pool, turn=turn)
         options: dict[str, Any] = {
             "batch_size": batch_size,

@@ -76,7 +76,8 @@ def test_where_the_kernel_fails_dalis_operators_are_used_and_a_line_says_so(
     monkeypatch.delenv("FOVEA_KERNELS", raising=False)
     monkeypatch.setattr(dali, "_problem_of_fused_hue", fails)
     assert dali.fused_hue.__wrapped__(1) is None
-    assert "cuda:1" in (error := capsys.readouterr().err) and "no kernel image is available" in error and "yiq" in error
+    error = capsys.readouterr().err
+    assert "cuda:1" in error and "no kernel image is available" in error and "method.augment.hue_space=yiq" in error
     monkeypatch.setattr(dali, "_problem_of_fused_hue", lambda *_: "2 of 4 images differ from the CPU's")
     assert dali.fused_hue.__wrapped__(0) is None and "2 of 4 images" in capsys.readouterr().err
     monkeypatch.setattr(dali, "_problem_of_fused_hue", lambda *_: "")
