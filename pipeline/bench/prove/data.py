@@ -80,13 +80,13 @@ def _training(setup: Setup, options: on_cpu.Options) -> Iterator[Check]:
         )
 
         def seconds(batches: Iterator[Batch]) -> float:
-            for number, batch in enumerate(batches):
-                if number == warm:
-                    float(loss)  # noqa: F821
-                    began = time.perf_counter()
+            began = 0.0
+            for number, batch in enumerate(batches, 1):
                 loss = advance(batch)
-            float(loss)
-            return time.perf_counter() - began
+                if number in (warm, warm + measured):
+                    float(loss)  # the host waits for the device
+                    began, spent = time.perf_counter(), time.perf_counter() - began
+            return spent
 
         kept: list[Batch] = []
 

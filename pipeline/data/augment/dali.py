@@ -87,6 +87,7 @@ def _turned_at_once(
 
 def _turn_hue_at_once(image: Any, turns: Any, inputs: _Inputs) -> Any:
     """As :func:`_turn_hue`, in one kernel for the whole batch."""
+    assert inputs.turn is not None
     return fn.dl_tensor_python_function(
         image,
         turns.gpu() if inputs.device == "gpu" else turns,
@@ -123,7 +124,7 @@ def _problem_of_fused_hue(device_id: int | None, turn: _Turn) -> str:
     """What is wrong with one kernel for the hue; nothing if it gives the pixels of a CPU, in a graph with a condition."""
     turns, chosen = np.array([0.1, 0.0, -0.3, 0.5], np.float32), np.array([True, False, True, True])
     images = list(np.random.default_rng(0).integers(0, 256, (len(turns), 33, 47, 3), dtype=np.uint8))
-    expected = [one if use else image for one, image, use in zip(turn_hues(images, turns), images, chosen, strict=True)]
+    expected = [one if use else image for one, image, use in zip(turn_hues(images, list(turns)), images, chosen, strict=True)]
     inputs = _Inputs("hsv", "cpu" if device_id is None else "gpu", read=[], turn=turn)
     pipeline = _hue_graph(inputs, batch_size=len(turns), num_threads=1, device_id=device_id, exec_dynamic=True)
     pipeline.build()
