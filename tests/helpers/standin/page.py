@@ -89,8 +89,8 @@ def render(rows: dict[str, dict[str, dict[str, Any]]], machine: dict[str, str], 
         "does and where it waits, not a GPU's speed. Launches are kernels and matrix products; bytes those that this rank gives",
         "to collectives on the device. CPU time is that of all threads but the loader's, the median of",
         f"{_KEPT} steps, and that after the backward pass, in which a GPU is idle if the host has just waited for it. Most of it",
-        "is torch's own dispatch of what a GPU must compute. The loader's columns are means of",
-        f"{_KEPT} steps, without decoder and augmenter.",
+        "is torch's own dispatch of what a GPU must compute. CPU times waver on a busy machine, by half or more; the other",
+        f"columns are exact. The loader's are means of {_KEPT} steps, without decoder and augmenter.",
     ]
     return "\n".join(lines) + "\n"
 
