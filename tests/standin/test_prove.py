@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.bench.prove.speed import _RECIPES
+from pipeline.bench.prove.speed import _CONFIGS
 from tests.helpers.standin import process
 
 pytestmark = pytest.mark.slow
@@ -34,8 +34,8 @@ def test_the_stage_runs_to_its_end(stage: str, tmp_path: Path) -> None:
     assert named["kernels"] == "triton" if stage == "kernels" else "device 7" in named
 
 
-def test_speed_measures_eager_compiled_and_8_bit_steps_of_each_recipe_in_one_process(tmp_path: Path) -> None:
+def test_speed_measures_eager_compiled_and_8_bit_steps_of_each_config_in_one_process(tmp_path: Path) -> None:
     rows = [row["name"].partition(", ") for row in rows_of("speed", tmp_path, uncompiled="hit config.recompile_limit")]
     forms = ("fovea", "fovea, compiled", "fovea, fp8", "fovea, compiled, fp8")
-    for title in ("ViT-tiny-16", *_RECIPES):
+    for title in ("ViT-tiny-16", *_CONFIGS):
         assert [name for own, _, name in rows if own == title and name.startswith("fovea")] == list(forms)

@@ -51,7 +51,7 @@ def checks(setup: Setup) -> Iterator[Check]:
 
 
 def overrides_of(config: str, *, toy: bool) -> list[str]:
-    """Overrides that let a config's step run alone, on data that nobody reads; at toy size also those that make it small."""
+    """Overrides that let a config's step run alone, without data; at toy size also those that make it small."""
     overrides = ["data.shards=none-*.tar", "train.zero_stage=1", "train.micro_batch_size=null"]
     settings = load(config, overrides).config
     overrides.append(f"train.global_batch_size={16 if toy else 32}")

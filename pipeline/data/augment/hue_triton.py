@@ -58,5 +58,5 @@ def _level(sixths: tl.tensor, value: tl.tensor, chroma: tl.tensor, offset: tl.co
     k = sixths + (offset + 12.0)
     k = k - tl.floor(k * (1 / 6)) * 6.0
     part = (value - chroma * tl.minimum(tl.maximum(tl.minimum(k, 4.0 - k), 0.0), 1.0)) * 255.0
-    whole = tl.floor(part)
-    return (whole + tl.where(part - whole >= 0.5, 1.0, 0.0)).to(tl.uint8)
+    level = tl.floor(part)
+    return (level + tl.where(part - level >= 0.5, 1.0, 0.0)).to(tl.uint8)
