@@ -254,7 +254,7 @@ def _host_path(d: Document) -> list[Row]:
 
     return [
         Row(
-            f"waits and blocking copies of a step and its loading, {row['after']['config']}{name.removeprefix(name.split(',')[0])}",
+            f"waits and blocking copies of a step and its loading, {row['after']['config']}{''.join(name.partition(',')[1:])}",
             f"{blocks(row['after']):.0f}",
             f"{blocks(row['before']):.0f} before",
             f"{blocks(row['after']) / max(blocks(row['before']), 1):.2f} x",
