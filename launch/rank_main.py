@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -36,6 +35,7 @@ from pipeline.runtime import job_record as record
 from pipeline.runtime.compile_cache import use_compile_cache
 from pipeline.runtime.interpreter import end_process
 from pipeline.runtime.run_directory import RunDirectory
+from pipeline.runtime.versions import fovea_version
 
 if TYPE_CHECKING:
     from pipeline.checkpoint.neighbours import NodePlace
@@ -328,7 +328,7 @@ def _train(rank: RankContext) -> None:
             "fingerprint": fingerprint(config),
             "run": config.run.name,
             "attempt": number,
-            "fovea": version("fovea"),
+            "fovea": fovea_version(),
             "origins": origins(checkpoint, config),
         },
         requests=rank.requests,

@@ -316,7 +316,7 @@ def verification(
 @app.command()
 def recompilations(
     methods: Annotated[list[str] | None, typer.Argument(metavar="[METHOD]...", help="Methods; by default all.")] = None,
-    steps: Annotated[int, typer.Option(min=4, help="Steps of each method.")] = 30,
+    steps: Annotated[int, typer.Option(min=4, help="Steps of each method.")] = 50,
     before: Annotated[Path | None, typer.Option(metavar="DIR", help="Root of an earlier checkout, to compare with.")] = None,
     out: Out = None,
 ) -> None:

@@ -49,9 +49,9 @@ _command_line: list[str] = []  # the command line, for ranks that run the same c
 
 def _version(requested: bool) -> None:
     if requested:
-        from importlib.metadata import version
+        from pipeline.runtime.versions import fovea_version
 
-        print(f"fovea {version('fovea')}")
+        print(f"fovea {fovea_version()}")
         raise typer.Exit
 
 

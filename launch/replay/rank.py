@@ -10,7 +10,6 @@ import json
 import math
 import sys
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -26,6 +25,7 @@ from pipeline.checkpoint.reader import differing
 from pipeline.checkpoint.snapshot import Staging
 from pipeline.checkpoint.writer import Checkpoints
 from pipeline.errors import CheckpointError
+from pipeline.runtime.versions import fovea_version
 
 if TYPE_CHECKING:
     from pipeline.checkpoint.fragments import ShardedWeights
@@ -130,7 +130,7 @@ def replay(rank: RankContext) -> None:
         run,
         attempt=rank.attempt,
         resume=checkpoint,
-        manifest_fields={"fovea": version("fovea")},
+        manifest_fields={"fovea": fovea_version()},
         requests=rank.requests,
         journal=None,
         logger=show,

@@ -178,9 +178,9 @@ def code_state() -> str:
     """The commit and whether there are uncommitted changes; or the installed version."""
     commit = _git("rev-parse", "--short=12", "HEAD")
     if not commit:
-        from importlib.metadata import version
+        from pipeline.runtime.versions import fovea_version
 
-        return f"fovea {version('fovea')}, installed"
+        return f"fovea {fovea_version()}, installed"
     return f"commit {commit.strip()}" + (
         " with uncommitted changes (code/uncommitted.patch)" if _git("status", "--porcelain") else ""
     )

@@ -13,6 +13,7 @@ from pipeline.bench import official, pairs, step_clip, step_dinov2
 from pipeline.bench.plain import alone
 from pipeline.errors import ConfigError
 from pipeline.models.fp8 import use_fp8
+from pipeline.training.compilation import allow_graphs
 
 OURS, COMPILED, GRAPHS, FP8 = "fovea", "fovea, compiled", "fovea, compiled, CUDA graphs", ", fp8"
 METHODS = {"clip": list(step_clip.TOWERS), "dinov2": step_dinov2.MODELS}
@@ -82,31 +83,44 @@ def measure(options: Options, *, log: Callable[[str], None] = lambda _: None) ->
         raise ConfigError(f"{options.method} has no size {options.model!r}", where="--model", hint=f"Choose one of {known}")
     with alone(options.device):
         log("building both")
-        contest = _contest(options)
-        losses = {}
-        if contest.losses is not None and contest.theirs is not None:
-            losses = dict(zip((OURS, contest.theirs[0]), contest.losses(), strict=True))
-            ours, theirs = losses.values()
-            if abs(ours - theirs) > _APART[options.bf16] * abs(theirs):
-                raise ConfigError(
-                    f"the losses of the same weights differ: {losses}",
-                    where="fovea bench step",
-                    hint="Report it with the versions of both packages",
-                )
-        else:
-            log(f"no baseline: {', '.join(official.missing())} not installed ({official.INSTALL})")
-            losses = {OURS: contest.ours()}
-        steps: dict[str, Callable[[], float]] = {OURS: contest.ours}
-        if contest.theirs is not None:
-            steps[contest.theirs[0]] = contest.theirs[1]
-        operations = {name: pairs.operations(act) for name, act in steps.items()}
-        if options.compiled or options.graphs:
-            steps = _with_compiled(steps, contest, graphs=options.graphs)
-        if options.fp8:
-            use_fp8(nn.ModuleList(contest.blocks))
-            steps = {name + FP8: act for name, act in steps.items() if name.startswith(OURS)}
-        log("measuring")
-        cases = pairs.measure(steps, rounds=options.rounds, device=torch.device(options.device))
+        return compare(_contest(options), options, log=log)
+
+
+def compare(contest: pairs.Contest, options: Options, *, log: Callable[[str], None] = lambda _: None) -> Result:
+    """As :func:`measure`, of steps that are built and a process group that is there.
+
+    Args:
+        contest: the steps; method, model and sizes of ``options`` are not used.
+        options: how to measure.
+        log: called with a description of each stage.
+
+    Raises:
+        ConfigError: the losses differ.
+    """
+    losses = {}
+    if contest.losses is not None and contest.theirs is not None:
+        losses = dict(zip((OURS, contest.theirs[0]), contest.losses(), strict=True))
+        ours, theirs = losses.values()
+        if abs(ours - theirs) > _APART[options.bf16] * abs(theirs):
+            raise ConfigError(
+                f"the losses of the same weights differ: {losses}",
+                where="fovea bench step",
+                hint="Report it with the versions of both packages",
+            )
+    else:
+        log(f"no baseline: {', '.join(official.missing())} not installed ({official.INSTALL})")
+        losses = {OURS: contest.ours()}
+    steps: dict[str, Callable[[], float]] = {OURS: contest.ours}
+    if contest.theirs is not None:
+        steps[contest.theirs[0]] = contest.theirs[1]
+    operations = {name: pairs.operations(act) for name, act in steps.items()}
+    if options.compiled or options.graphs:
+        steps = _with_compiled(steps, contest, graphs=options.graphs)
+    if options.fp8:
+        use_fp8(nn.ModuleList(contest.blocks))
+        steps = {name + FP8: act for name, act in steps.items() if name.startswith(OURS)}
+    log("measuring")
+    cases = pairs.measure(steps, rounds=options.rounds, device=torch.device(options.device))
     return Result(cases, losses, operations, contest.theirs[0] if contest.theirs else "", contest.about)
 
 
@@ -120,6 +134,8 @@ def _contest(options: Options) -> pairs.Contest:
 def _with_compiled(
     steps: dict[str, Callable[[], float]], contest: pairs.Contest, *, graphs: bool
 ) -> dict[str, Callable[[], float]]:
+    torch._dynamo.reset()  # graphs of an earlier model in this process count towards the limit
+    allow_graphs()
     block: Any
     for block in contest.blocks:
         block.compile(dynamic=False, mode="reduce-overhead" if graphs else None)

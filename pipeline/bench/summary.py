@@ -254,12 +254,12 @@ def _host_path(d: Document) -> list[Row]:
 
     return [
         Row(
-            f"waits and blocking copies of a step and its loading, {row['after']['config']}",
+            f"waits and blocking copies of a step and its loading, {row['after']['config']}{''.join(name.partition(',')[1:])}",
             f"{blocks(row['after']):.0f}",
             f"{blocks(row['before']):.0f} before",
             f"{blocks(row['after']) / max(blocks(row['before']), 1):.2f} x",
         )
-        for row in d["methods"].values()
+        for name, row in d["methods"].items()
     ]
 
 

@@ -75,7 +75,7 @@ def compile_blocks(method: Method, *, cuda_graphs: bool = False) -> int:
         method: the method, before its first forward pass.
         cuda_graphs: whether compiled code is replayed as CUDA graphs.
     """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
+    allow_graphs()
     blocks: dict[int, nn.Module] = {}
     for root in networks_of(method):
         for module in root.modules():
@@ -89,6 +89,11 @@ def compile_blocks(method: Method, *, cuda_graphs: bool = False) -> int:
     for block in blocks.values():
         block.compile(dynamic=False, mode="reduce-overhead" if cuda_graphs else None)
     return len(blocks)
+
+
+def allow_graphs() -> None:
+    """Let a function have as many graphs as there are shapes, modes and towers; beyond the limit blocks run uncompiled."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
 
 
 def _share_graphs(blocks: Any) -> None:

@@ -121,7 +121,8 @@ class Engine:
         observe_gradients: called in each step before clipping, with names and this rank's share of the averaged gradients.
 
     Raises:
-        TrainingError: a parameter that DeepSpeed does not support (0-dimensional, not contiguous).
+        TrainingError: a parameter that DeepSpeed does not support (0-dimensional, not contiguous), or ``DS_ACCELERATOR`` is
+            not for this device.
     """
 
     def __init__(self, method: Method, options: EngineOptions, device: torch.device) -> None:
@@ -130,6 +131,7 @@ class Engine:
         self.shapes = {name: tuple(p.shape) for name, p in method.named_parameters() if p.requires_grad}
         self._groups = method.parameter_groups()
         _check(method, self._groups)
+        check_accelerator(device.type, deepspeed.get_accelerator().device_name())
         on_device = device.type == "cuda" and options.offload == "none"
         merge = on_device if options.merge is None else options.merge
         self.delayed = on_device and options.zero < 3 if options.delay is None else options.delay
@@ -419,6 +421,20 @@ def _optimizer(options: EngineOptions, groups: list[ParameterGroup], *, merge: b
     if options.optimizer == "lamb":
         return Lamb(chosen, betas=options.betas, eps=options.eps)
     return AdamW(chosen, betas=options.betas, eps=options.eps)
+
+
+def check_accelerator(device: str, accelerator: str) -> None:
+    """Reject a GPU with DeepSpeed's accelerator for CPUs, under which it would compute without autocast.
+
+    Raises:
+        TrainingError: they do not fit.
+    """
+    if device == "cuda" and accelerator != "cuda":
+        raise TrainingError(
+            f"DeepSpeed computes on {accelerator}, but this rank on {device}",
+            where=f"DS_ACCELERATOR={os.environ.get('DS_ACCELERATOR', '')}",
+            hint="Unset this environment variable, or set it to cuda",
+        )
 
 
 def _check(method: Method, groups: list[ParameterGroup]) -> None:

@@ -47,6 +47,21 @@ def test_a_step_waits_only_where_the_table_says(name: str, tmp_path: Path) -> No
     assert waits(record) == ALLOWED[name], "\n".join(lines)
 
 
+@pytest.mark.parametrize("name", ["dinov2", "clip"])
+def test_a_compiled_step_as_a_gpu_runs_by_default_waits_nowhere(name: str, tmp_path: Path) -> None:
+    _, record = measured(tmp_path / "step.json", *METHODS[name], "train.compile=true")
+    launched = [call.name for call in record.calls if call.kind == "kernel"]
+    assert any(kernel.startswith("triton triton_") for kernel in launched), "nothing is compiled"
+    assert waits(record) == {}, "\n".join(sorted(block.line for block in record.blocks))
+    assert {call.device for call in record.calls} == {RANK}
+
+
+def test_at_most_six_optimizer_calls_and_gathers_update_the_54_groups_of_vitl16_short(tmp_path: Path) -> None:
+    document, record = measured(tmp_path / "step.json", *METHODS["dinov2"])
+    gathers = sum(one.calls for one in record.collectives if "gather" in one.name and one.device == "cuda")
+    assert document["groups"] == 54 and 0 < record.functions["optimizer step"] <= 6 and 0 < gathers <= 6
+
+
 def test_every_method_has_its_table() -> None:
     from pipeline.config.schema import METHODS as known
 

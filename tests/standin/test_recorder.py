@@ -31,6 +31,11 @@ def test_launches_are_counted_by_name_thread_and_device(seen: dict[str, Any]) ->
     assert not seen["records"]["product"].blocks
 
 
+def test_a_product_by_the_library_that_adds_the_bias_is_one_launch(seen: dict[str, Any]) -> None:
+    calls = [call for call in seen["records"]["product and bias"].calls if call.kind == "gemm"]
+    assert [(call.name, call.calls) for call in calls] == [("cublasLtMatmul", 1)]  # not its descriptors
+
+
 def test_waits_and_pageable_copies_are_found(seen: dict[str, Any]) -> None:
     records = seen["records"]
     assert [block.what for block in records["question"].blocks] == ["for a stream"]

@@ -69,7 +69,7 @@ def _with_capacity(method: Method, batch: Batch) -> Batch:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dinov2", "clip", "coca", "detailclip", "simvlm", "distill"])
+@pytest.mark.parametrize("name", ["dinov2", "clip", "coca", "detailclip", "dino", "mocov3", "simvlm", "distill"])
 def test_compiled_steps_are_those_of_the_blocks_and_only_the_first_compiles(name: str, graphs: list[Any]) -> None:
     results = []
     for compiled in (False, True):

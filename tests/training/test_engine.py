@@ -11,6 +11,7 @@ from torch import nn
 
 from pipeline.errors import TrainingError
 from pipeline.models.groups import ParameterGroup
+from pipeline.training.engine import check_accelerator
 from tests.helpers.rank_pool import pool
 from tests.helpers.toy_method import SAMPLES, Toy, advance, assembled, batch_at, build, by_torch, options, snapshot, step_at
 
@@ -269,3 +270,12 @@ def test_bf16_computes_in_bf16_and_keeps_everything_else_in_fp32() -> None:
     for index in range(STEPS):
         for name, value in mean_terms(ranks, index).items():
             assert value == pytest.approx(reference["terms"][index][name], abs=0.01)
+
+
+def test_a_gpu_with_deepspeeds_accelerator_for_cpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    with pytest.raises(TrainingError, match=r"DeepSpeed computes on cpu, but this rank on cuda") as caught:
+        check_accelerator("cuda", "cpu")
+    assert "DS_ACCELERATOR=cpu" in str(caught.value) and caught.value.hint.startswith("Unset")
+    check_accelerator("cuda", "cuda")
+    check_accelerator("cpu", "cpu")

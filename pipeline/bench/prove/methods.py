@@ -45,13 +45,14 @@ def checks(setup: Setup) -> Iterator[Check]:
     with alone(setup.device):
         for name, config in CONFIGS.items():
             try:
-                yield from _one(name, load(config, _overrides(config, toy=setup.toy)).config, device)
+                yield from _one(name, load(config, overrides_of(config, toy=setup.toy)).config, device)
             except Exception as error:
                 message = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
                 yield Check(f"{name}: three steps", message[:200], "taken", False)
 
 
-def _overrides(config: str, *, toy: bool) -> list[str]:
+def overrides_of(config: str, *, toy: bool) -> list[str]:
+    """Overrides that let a config's step run alone, without data; at toy size also those that make it small."""
     overrides = ["data.shards=none-*.tar", "train.zero_stage=1", "train.micro_batch_size=null"]
     settings = load(config, overrides).config
     overrides.append(f"train.global_batch_size={16 if toy else 32}")

@@ -7,17 +7,20 @@ Therefore contrast is computed arithmetically around the image's mean gray, and 
 
 from __future__ import annotations
 
+import os
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from nvidia.dali import fn, math, pipeline_def, tensors, types
+from nvidia.dali import fn, math, pipeline_def, python_function_plugin, tensors, types
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from pipeline.config.sizes import height_width
 from pipeline.data.augment.hue import turn_hues
@@ -42,7 +45,8 @@ def _hue_channel(sixths: Any, value: Any, chroma: Any, offset: float) -> Any:
 def _turn_hue(image: Any, turns: Any) -> Any:
     """Rotates the hue by a fraction of the colour circle, exactly, by channel arithmetic; ``[h, w, 3]`` uint8 in and out.
 
-    For a GPU: on a CPU the same arithmetic is faster in :mod:`pipeline.data.augment.hue`.
+    For a GPU on which :func:`fused_hue` does not hold: on a CPU the same arithmetic is faster in
+    :mod:`pipeline.data.augment.hue`.
     """
     x = fn.cast(image, dtype=types.FLOAT) * np.float32(1 / 255)
     channels = _turned(x[:, :, 0:1], x[:, :, 1:2], x[:, :, 2:3], turns)
@@ -67,12 +71,94 @@ def _turned(r: Any, g: Any, b: Any, turns: Any) -> list[Any]:
     return [_hue_channel(sixths, value, chroma, offset) for offset in (5.0, 3.0, 1.0)]
 
 
+_Turn = Callable[[Sequence[Any], Sequence[Any]], list[Any]]
+
+
+def _turned_at_once(
+    turn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], images: Sequence[Any], turns: Sequence[Any]
+) -> list[Any]:
+    """DLPack capsules of images of one size, turned by one call on the stream of the DALI operator that calls this."""
+    x, angles = ([from_dlpack(one) for one in batch] for batch in (images, turns))
+    device = x[0].device
+    stream = torch.cuda.ExternalStream(python_function_plugin.current_dali_stream(), device) if device.type == "cuda" else None
+    with torch.cuda.stream(stream):
+        return [to_dlpack(one) for one in turn(torch.stack(x), torch.stack(angles)).unbind()]
+
+
+def _turn_hue_at_once(image: Any, turns: Any, inputs: _Inputs) -> Any:
+    """As :func:`_turn_hue`, in one kernel for the whole batch."""
+    assert inputs.turn is not None
+    return fn.dl_tensor_python_function(
+        image,
+        turns.gpu() if inputs.device == "gpu" else turns,
+        function=inputs.turn,
+        device=inputs.device,
+        batch_processing=True,
+        synchronize_stream=False,
+        output_layouts="HWC",
+    )
+
+
+@cache
+def fused_hue(device_id: int) -> _Turn | None:
+    """What turns the hue in one kernel on this device, if it has just done so for a few images with the pixels of a CPU.
+
+    ``None`` otherwise, and with ``FOVEA_KERNELS=torch``: then it is 64 operators of DALI.
+    """
+    if os.environ.get("FOVEA_KERNELS") == "torch":
+        return None
+    try:
+        from pipeline.data.augment.hue_triton import turn_hues as turn_at_once
+
+        turn = partial(_turned_at_once, turn_at_once)
+        problem = _problem_of_fused_hue(device_id, turn)
+    except Exception as error:  # of a compiler, a driver or DALI: there is another way
+        problem = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+    if problem:
+        text = f"exact hue takes 64 operators of DALI on cuda:{device_id}, not one kernel ({problem})"
+        print(f"fovea: {text}; if loading is slow, set method.augment.hue_space=yiq", file=sys.stderr, flush=True)
+    return None if problem else turn
+
+
+def _problem_of_fused_hue(device_id: int | None, turn: _Turn) -> str:
+    """What is wrong with one kernel for the hue; nothing if it gives the pixels of a CPU, in a graph with a condition."""
+    turns, chosen = np.array([0.1, 0.0, -0.3, 0.5], np.float32), np.array([True, False, True, True])
+    images = list(np.random.default_rng(0).integers(0, 256, (len(turns), 33, 47, 3), dtype=np.uint8))
+    expected = [one if use else image for one, image, use in zip(turn_hues(images, list(turns)), images, chosen, strict=True)]
+    inputs = _Inputs("hsv", "cpu" if device_id is None else "gpu", read=[], turn=turn)
+    pipeline = _hue_graph(inputs, batch_size=len(turns), num_threads=1, device_id=device_id, exec_dynamic=True)
+    pipeline.build()
+    at = {} if device_id is None else {"cuda_stream": torch.cuda.current_stream(device_id)}
+    there = images if device_id is None else [torch.from_numpy(image).to(f"cuda:{device_id}") for image in images]
+    pipeline.feed_input("images", [_tensor(image, device_id) for image in there], **at)
+    for name, values in {"hue": turns, "jitter": chosen}.items():
+        pipeline.feed_input(name, values)
+    (out,) = pipeline.run()
+    differing = sum(not np.array_equal(np.array(a), b) for a, b in zip(out.as_cpu(), expected, strict=True))
+    return f"{differing} of {len(images)} images differ from the CPU's" if differing else ""
+
+
+@pipeline_def(enable_conditionals=True)
+def _hue_graph(inputs: _Inputs) -> Any:
+    x = fn.external_source(name="images", device=inputs.device, layout="HWC", ndim=3, dtype=types.UINT8, batch=True)
+    turns: Any = inputs.array("hue", types.FLOAT)
+    jittered = inputs.array("jitter", types.BOOL)
+    if jittered:
+        x = _turn_hue_at_once(x, turns, inputs)
+    return x
+
+
+def _tensor(image: Any, device_id: int | None) -> Any:
+    return tensors.TensorCPU(image, "HWC") if device_id is None else tensors.TensorGPU(image, "HWC", device_id)
+
+
 @dataclass(frozen=True)
 class _Inputs:
     """The plan arrays that a graph reads, and what an operator must know of the graph.
 
     Attributes:
         hue, device: as in :class:`Augmenter`; the device is ``cpu`` or ``gpu``.
+        turn: what turns the hue in one kernel on a GPU; ``None`` for DALI's operators.
         read: names of the arrays that the graph reads; DALI rejects others.
         pool: threads for what DALI's own threads do not compute; ``None`` for the calling thread.
     """
@@ -81,6 +167,7 @@ class _Inputs:
     device: str
     read: list[str]
     pool: ThreadPoolExecutor | None = None
+    turn: _Turn | None = None
 
     def array(self, name: str, dtype: Any, ndim: int = 0) -> Any:
         """An array of the plan as input of the graph: one number per sample, or with ``ndim=1`` a vector."""
@@ -118,6 +205,8 @@ def _jitter(x: Any, inputs: _Inputs) -> Any:
         if inputs.hue == "hsv" and inputs.device == "cpu":
             turn = partial(turn_hues, pool=inputs.pool)
             x = fn.python_function(x, turns, function=turn, batch_processing=True, num_outputs=1, output_layouts="HWC")
+        elif inputs.hue == "hsv" and inputs.turn is not None:
+            x = _turn_hue_at_once(x, turns, inputs)
         elif inputs.hue == "hsv":
             x = _turn_hue(x, turns)
     return x
@@ -314,7 +403,7 @@ class Augmenter:
         batch_size: maximum batch size of :meth:`run`.
         threads: CPU threads of each DALI pipeline.
         device_id: a CUDA device, or ``None`` for the CPU operators.
-        hue: ``hsv`` rotates hue exactly, ``yiq`` is DALI's faster approximation, ``off`` leaves hue unchanged.
+        hue: ``hsv`` rotates hue exactly, ``yiq`` is DALI's approximation, ``off`` leaves hue unchanged.
     """
 
     def __init__(
@@ -333,7 +422,9 @@ class Augmenter:
     def _build(group: Group, batch_size: int, threads: int, device_id: int | None, hue: str) -> tuple[Any, list[str]]:
         """Builds the graph of a group; returns it with the names of the plan arrays that it reads."""
         pool = ThreadPoolExecutor(threads, "fovea-hue") if hue == "hsv" and device_id is None and threads > 1 else None
-        inputs = _Inputs(hue, "cpu" if device_id is None else "gpu", read=[], pool=pool)
+        jitters = group.channels is None and any(name == "jitter" for name, _ in group.operators)
+        turn = fused_hue(device_id) if device_id is not None and hue == "hsv" and jitters else None
+        inputs = _Inputs(hue, "cpu" if device_id is None else "gpu", read=[], pool=pool, turn=turn)
         options: dict[str, Any] = {
             "batch_size": batch_size,
             "num_threads": threads,
@@ -366,11 +457,8 @@ class Augmenter:
         arrays = [view.arrays for view in plan]
         stream: torch.cuda.Stream | None = None
         options: dict[str, Any] = {}
-        fed: list[Any]
-        if self._device_id is None:
-            fed = [tensors.TensorCPU(image, "HWC") for image in images]
-        else:
-            fed = [tensors.TensorGPU(image, "HWC", self._device_id) for image in images]
+        fed = [_tensor(image, self._device_id) for image in images]
+        if self._device_id is not None:
             stream = torch.cuda.current_stream(self._device_id)
             options = {"cuda_stream": stream}
             stream.synchronize()  # images are read in place, by other streams: they must be complete now

@@ -136,13 +136,15 @@ def _without_pixels() -> None:
             self._sets, self._device = sets, torch.device("cuda", device_id or 0)
 
         def run(self, images: list[Any], plan: Any, specs: Any = None, *_: Any, **__: Any) -> dict[str, list[Any]]:
-            shapes = {spec.name: (spec.count, spec.shape) for spec in specs or self._sets[0]}
+            # An earlier checkout knows square views only.
+            shapes = {spec.name: (spec.count, getattr(spec, "shape", (spec.size,) * 2)) for spec in specs or self._sets[0]}
             return {
                 key: [torch.empty(len(images), 3, *shape, device=self._device) for _ in range(count)]
                 for key, (count, shape) in shapes.items()
             }
 
     batch_stream.decoder_of = lambda *_, **__: Decoder()  # type: ignore[assignment,return-value]
+    batch_stream.Decoder = Decoder  # type: ignore[attr-defined]  # of earlier checkouts
     batch_stream.Augmenter = Augmenter  # type: ignore[assignment,misc]
 
 

@@ -21,6 +21,8 @@ from tests.helpers.standin.recorder import Record
 
 _COMMAND = "python -m tests.helpers.standin.page pipeline/bench/results/host-path --before <checkout of 6373b94>"
 _STEPS, _KEPT = 12, 8
+_AFTER = ("step", "teacher", "log")  # phases in which a GPU whose host has just waited for it is idle
+_COMPILED = ("dinov2", "clip")  # as a GPU runs them by default; the earlier checkout has no default, and runs them eagerly
 COLUMNS = {
     "waits": "host waits",
     "blocking": "blocking copies",
@@ -29,6 +31,7 @@ COLUMNS = {
     "collectives": "collectives",
     "megabytes": "MB",
     "cpu_ms": "CPU ms",
+    "after_backward_ms": "of it after backward",
     "loader_blocks": "loader: waits and blocking copies",
     "loader_default": "loader: on the training stream",
 }
@@ -50,17 +53,18 @@ def figures(records: list[Record]) -> dict[str, float]:
         "collectives": sum(one.calls for one in sent),
         "megabytes": sum(one.bytes for one in sent) / 1e6,
         "cpu_ms": 1000 * statistics.median(sum(record.seconds.values()) for record in records),
+        "after_backward_ms": 1000 * statistics.median(sum(record.seconds.get(name, 0) for name in _AFTER) for record in records),
         "loader_blocks": sum(block.calls for block in blocked) / len(records),
         "loader_default": at_default / len(records),
     }
 
 
-def measure(name: str, checkout: Path) -> dict[str, Any]:
+def measure(name: str, checkout: Path, *overrides: str) -> dict[str, Any]:
     """One method in one checkout."""
     with TemporaryDirectory() as folder:
         out = Path(folder) / "step.json"
         options = (f"--steps={_STEPS}", f"--kept={_KEPT}")
-        done = process.run("method_step", str(out), *METHODS[name], BATCH, *options, checkout=checkout)
+        done = process.run("method_step", str(out), *METHODS[name], BATCH, *overrides, *options, checkout=checkout)
         if done.returncode:
             raise RuntimeError(done.stderr[-4000:])
         document: dict[str, Any] = json.loads(out.read_text())
@@ -80,10 +84,13 @@ def render(rows: dict[str, dict[str, dict[str, Any]]], machine: dict[str, str], 
         lines.append(f"| {name} | {after['config']} | {after['parameters'] / 1e6:.0f} M | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "One step of one micro-batch of 16 as rank 0 of 8, bf16, eager; before → after where they differ. Kernels do nothing",
-        "here: this shows what the host does and where it waits, not a GPU's speed. Launches are kernels and matrix products;",
-        "bytes those that this rank gives to collectives on the device. CPU time is that of all threads but the loader's, the",
-        f"median of {_KEPT} steps. The loader's columns are means of {_KEPT} steps, without decoder and augmenter.",
+        "One step of one micro-batch of 16 as rank 0 of 8, bf16; before → after where they differ. Eager, but for the rows that",
+        "say compiled, as a GPU runs by default, whose earlier state is eager. Kernels do nothing here: this shows what the host",
+        "does and where it waits, not a GPU's speed. Launches are kernels and matrix products; bytes those that this rank gives",
+        "to collectives on the device. CPU time is that of all threads but the loader's, the median of",
+        f"{_KEPT} steps, and that after the backward pass, in which a GPU is idle if the host has just waited for it. Most of it",
+        "is torch's own dispatch of what a GPU must compute. CPU times waver on a busy machine, by half or more; the other",
+        f"columns are exact. The loader's are means of {_KEPT} steps, without decoder and augmenter.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -105,6 +112,9 @@ def main() -> None:
         before = process.overlay(o.before.resolve(), Path(folder))
         for name in o.methods:
             rows[name] = {"before": measure(name, before), "after": measure(name, process.ROOT)}
+            if name in _COMPILED:
+                compiled = measure(name, process.ROOT, "train.compile=true")
+                rows[f"{name}, compiled"] = {"before": rows[name]["before"], "after": compiled}
             print(name, rows[name], file=sys.stderr, flush=True)
             write(o.out, _COMMAND, partial(render, rows), {"methods": rows})
 

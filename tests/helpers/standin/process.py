@@ -14,6 +14,8 @@ from tests.helpers.standin.recorder import Recorder
 
 ROOT = Path(__file__).resolve().parents[3]
 _HANG = 900  # seconds
+# An engine that this process has imported without a GPU has chosen DeepSpeed's accelerator for it and its children.
+_NOT_INHERITED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_ACCELERATOR")
 
 
 def begin() -> Recorder:
@@ -54,7 +56,7 @@ def run(
         checkout: the folder whose code is run, see :func:`overlay`.
         variables: further environment variables.
     """
-    own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    own = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
     return subprocess.run(
         [sys.executable, "-m", f"tests.helpers.standin.{module}", *arguments],
         env={**own, **environment(devices=devices), "PYTHONPATH": str(checkout), **variables},

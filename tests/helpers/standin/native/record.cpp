@@ -4,11 +4,16 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <cctype>
+#include <cstdio>
 #include <cstdlib>
 #include <functional>
 #include <mutex>
+#include <sstream>
 #include <unordered_map>
 #include <unordered_set>
+#include <vector>
 
 namespace standin {
 namespace {
@@ -58,12 +63,49 @@ const char* const KINDS[] = {"kernel", "gemm", "copy", "fill", "wait", "order", 
 
 }  // namespace
 
-int devices() {
-  static int number = [] {
+// CUDA_VISIBLE_DEVICES as CUDA reads it: up to the first invalid entry, nothing if one is repeated, one MIG instance at most.
+static std::vector<int> read_visible(int host, const char* text) {
+  std::vector<int> chosen;
+  if (!text) {
+    for (int number = 0; number < host; ++number) chosen.push_back(number);
+    return chosen;
+  }
+  std::istringstream parts(text);
+  for (std::string part; std::getline(parts, part, ',');) {
+    part.erase(0, part.find_first_not_of(' '));
+    int number = -1;
+    if (part.rfind("MIG-", 0) == 0) return host ? std::vector<int>{0} : chosen;
+    if (part.rfind("GPU-", 0) == 0) {
+      for (int other = 0; other < host && part.size() > 4; ++other)
+        if (gpu_name(other).rfind(part, 0) == 0) number = other;
+    } else if (!part.empty() && isdigit(part[0])) {
+      number = atoi(part.c_str());
+    }
+    if (number < 0 || number >= host) break;
+    if (std::find(chosen.begin(), chosen.end(), number) != chosen.end()) return {};
+    chosen.push_back(number);
+  }
+  return chosen;
+}
+
+static const std::vector<int>& visible() {
+  static const std::vector<int> chosen = [] {
     const char* text = getenv("STANDIN_DEVICES");
-    return text ? atoi(text) : 8;
+    return read_visible(text ? atoi(text) : 8, getenv("CUDA_VISIBLE_DEVICES"));
   }();
-  return number;
+  return chosen;
+}
+
+int devices() { return visible().size(); }
+int host_number(int device) { return visible()[device]; }
+
+// Each byte of the identifier of GPU n is n + 1.
+std::string gpu_name(int number) {
+  char byte[3];
+  snprintf(byte, sizeof byte, "%02x", number + 1);
+  std::string name = "GPU-";
+  for (int place = 0; place < 16; ++place) name += std::string(place == 4 || place == 6 || place == 8 || place == 10 ? "-" : "") + byte;
+  return name;
 }
 
 int& device() {

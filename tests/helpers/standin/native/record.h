@@ -10,7 +10,9 @@ namespace standin {
 
 enum Kind { KERNEL, GEMM, COPY, FILL, WAIT, ORDER, ALLOCATION, SELECT, UNMODELLED };
 
-int devices();
+int devices();              // those that CUDA_VISIBLE_DEVICES leaves of the host's
+int host_number(int device);  // the number of a visible device among the host's
+std::string gpu_name(int number);
 int& device();  // the calling thread's current device
 
 const char* intern(const std::string& text);

@@ -124,7 +124,8 @@ EXPORT cudaError_t cudaRuntimeGetVersion(int* out) {
 EXPORT cudaError_t cudaGetDeviceProperties(cudaDeviceProp* out, int number) {
   memset(out, 0, sizeof *out);
   strcpy(out->name, "NVIDIA H100 80GB HBM3 (stand-in)");
-  memset(out->uuid.bytes, number + 1, sizeof out->uuid.bytes);
+  if (number < 0 || number >= devices()) return cudaErrorInvalidDevice;
+  memset(out->uuid.bytes, host_number(number) + 1, sizeof out->uuid.bytes);
   out->major = 9, out->minor = 0, out->totalGlobalMem = 80UL << 30, out->multiProcessorCount = 132;
   out->warpSize = 32, out->maxThreadsPerBlock = 1024, out->maxThreadsPerMultiProcessor = 2048;
   out->sharedMemPerBlock = 49152, out->sharedMemPerBlockOptin = 232448, out->sharedMemPerMultiprocessor = 233472;
@@ -132,7 +133,7 @@ EXPORT cudaError_t cudaGetDeviceProperties(cudaDeviceProp* out, int number) {
   out->maxGridSize[0] = 2147483647, out->maxGridSize[1] = out->maxGridSize[2] = 65535;
   out->maxThreadsDim[0] = out->maxThreadsDim[1] = 1024, out->maxThreadsDim[2] = 64;
   out->l2CacheSize = 50 << 20, out->textureAlignment = 512, out->concurrentKernels = out->unifiedAddressing = 1;
-  out->pciBusID = 16 + number;
+  out->pciBusID = 16 + host_number(number);
   return cudaSuccess;
 }
 EXPORT cudaError_t cudaDeviceGetAttribute(int* out, cudaDeviceAttr attribute, int) {
