@@ -18,6 +18,7 @@ from pipeline.errors import LaunchError, RendezvousError
 from pipeline.runtime.gpus import shown
 
 _LOOPBACK = ("127.0.0.1", "localhost")
+_MESH = 32  # ranks up to which gloo connects each with each at the start
 _NOTICE = 30.0  # seconds after which rank 0 reports which ranks are missing
 
 
@@ -80,6 +81,10 @@ def join(
     device = torch.device("cuda", gpu_of(local_rank, local_size, gpus)) if chosen == "nccl" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if size > _MESH:
+        # Otherwise each rank reads the addresses of all connections of all ranks from rank 0's store: bytes that grow with the
+        # cube of the world size. Collectives connect a rank with few others.
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     limit = timedelta(seconds=timeout)
     notice = threading.Timer(_NOTICE, _report_waiting, (rank, size, f"{address}:{port}", timeout))
     notice.daemon = True
