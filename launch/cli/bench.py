@@ -120,7 +120,7 @@ def scale(
     smoke: Annotated[bool, typer.Option("--smoke", help="Few shards, as a smoke test.")] = False,
     out: Out = None,
 ) -> None:
-    """Benchmark how costs of an index grow: start of a rank, manifest, evaluation samples, reading. Needs about 2 GB of disk.
+    """Benchmark how costs grow: start of a rank, manifest, evaluation samples, reading, downloads. Needs about 2 GB of disk.
 
     [b]Examples[/b]
 
@@ -129,15 +129,48 @@ def scale(
     fovea bench scale --before ../fovea-0.9
     """
     from pipeline.bench.scale import Options, markdown, measure
+    from pipeline.bench.streams import compared, mixing
 
     options = replace(Options.smoke() if smoke else Options(), before=before and before.resolve())
     curves = measure(options, log=log)
+    log("streams and estimates")
+    rows = mixing(options.shape, options.streams)
+    estimates = compared(options.shape, options.streams[::3], 1 if smoke else 8, options.scenes)
     save(
         "scale",
         out,
-        lambda machine, command: markdown(curves, options, machine, command),
-        {"curves": [asdict(c) for c in curves]},
+        lambda machine, command: markdown(curves, options, machine, command, rows=rows, estimates=estimates),
+        {
+            "curves": [asdict(c) for c in curves],
+            "streams": [asdict(row) for row in rows],
+            "estimates": [asdict(one) for one in estimates],
+        },
     )
+
+
+@app.command(name="large-job")
+def large_job(
+    ranks: Annotated[
+        list[int] | None,
+        typer.Option("--ranks", min=4, help="Numbers of ranks, multiples of 4; 64 to 512 by default. May be repeated."),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=4, help="Global batch size; all numbers of ranks, and 3/4 of them, divide it.")] = 1536,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Eight ranks, as a smoke test.")] = False,
+    out: Out = None,
+) -> None:
+    """Simulate a job of up to 512 ranks without a model: start, 10 steps, checkpoint, resume on 3/4; messages and bytes.
+
+    Needs about 10 GB of memory for 512 ranks, and minutes.
+
+    [b]Example[/b]
+
+    fovea bench large-job --ranks 64 --ranks 512
+    """
+    from pipeline.bench.large_job import Options, markdown, measure
+
+    options = Options.smoke() if smoke else replace(Options(), worlds=tuple(ranks or Options.worlds), batch=batch)
+    result = measure(options, log=log)
+    save("large-job-cpu", out, partial(markdown, result, options), asdict(result))
 
 
 @app.command()
@@ -411,6 +444,7 @@ def benchmarks() -> list[Benchmark]:
         ("checkpoint", checkpoint, large, {**tiny, "saves": 1}),
         ("data", data, {}, {"images": 16, "batch": 8, "smoke": True}),
         ("scale", scale, {}, {"smoke": True}),
+        ("large-job", large_job, {}, {"smoke": True}),
     ]
 
 

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,14 @@ class Options:
 
     Attributes:
         worlds: numbers of ranks; each job resumes on three quarters of them.
+        mesh: numbers of ranks of starts in which gloo connects each rank with each, for comparison.
         steps: steps of each start.
         batch: global batch size, divisible by all numbers of ranks.
         shards: training shards of 256 samples.
     """
 
-    worlds: tuple[int, ...] = (32, 128, 512)
+    worlds: tuple[int, ...] = (64, 128, 256, 512)
+    mesh: tuple[int, ...] = (64, 128)
     steps: int = 10
     batch: int = 1536
     shards: int = 16
@@ -47,7 +49,7 @@ class Options:
     @classmethod
     def smoke(cls) -> Options:
         """Sizes of a test."""
-        return cls((8,), 2, 24, 2)
+        return cls((8,), (8,), 2, 24, 2)
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Start:
         batch: global batch size.
         port: where rank 0 listens.
         resume: step to resume from; 0 for a new run.
+        mesh: gloo connects each rank with each.
     """
 
     folder: str
@@ -69,6 +72,7 @@ class Start:
     batch: int
     port: int
     resume: int = 0
+    mesh: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class Started:
         wrong: elements of weights and moments that differ from what was saved.
         quarantine, seen: bad samples and samples in the checkpoint; -1 if ranks have different ones.
         streams: number of streams of the order.
+        mesh: gloo connected each rank with each.
     """
 
     world: int
@@ -93,6 +98,7 @@ class Started:
     quarantine: int
     seen: int
     streams: int
+    mesh: bool = False
 
 
 @dataclass
@@ -115,16 +121,17 @@ def measure(options: Options, *, log: Callable[[str], None]) -> Result:
     from pipeline.data.pack import synthetic
 
     result = Result()
-    for world in options.worlds:
+    jobs = [(world, True) for world in options.mesh] + [(world, False) for world in options.worlds]
+    for world, mesh in jobs:
         with tempfile.TemporaryDirectory(prefix="fovea-large-job-") as folder:
             synthetic.write(
                 f"{folder}/data", train=options.shards * _SHARD, val=16, size=16, seed=0, samples_per_shard=_SHARD
             )
-            for ranks, done in ((world, 0), (world * 3 // 4, options.steps)):
-                start = Start(folder, ranks, options.steps, options.batch, _free_port(), done)
-                one = Started(world=ranks, resumed=bool(done), **_probe(start))
+            for ranks, done in ((world, 0),) if mesh else ((world, 0), (world * 3 // 4, options.steps)):
+                start = Start(folder, ranks, options.steps, options.batch, _free_port(), done, mesh)
+                one = Started(world=ranks, resumed=bool(done), mesh=mesh, **_probe(start))
                 result.starts.append(one)
-                log(f"{'resumed' if done else 'started'} on {ranks} ranks: {_line(one)}")
+                log(f"{'resumed' if done else 'started'} on {ranks} ranks{', each with each' if mesh else ''}: {_line(one)}")
     return result
 
 
@@ -141,7 +148,9 @@ def _free_port() -> int:
 
 
 def _probe(start: Start) -> dict[str, Any]:
+    lazy = "0" if start.mesh else "1"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment["TORCH_GLOO_LAZY_INIT"] = lazy  # otherwise small jobs would be connected in another way than large ones
     done = subprocess.run(
         [sys.executable, "-P", str(_PROBE), json.dumps(asdict(start))],
         env=environment,
@@ -171,9 +180,14 @@ def markdown(result: Result, options: Options, machine: Mapping[str, str], comma
         "are files in the run's folder. The exponent is that of bytes sent in the number of ranks.",
         "",
     ]
-    for resumed, title in ((False, "Start"), (True, "Resume on three quarters of the ranks")):
-        starts = [one for one in result.starts if one.resumed == resumed]
-        for phase in starts[0].phases if starts else ():
+    titles = {
+        (False, False): "Start",
+        (True, False): "Resume on three quarters of the ranks",
+        (False, True): "Start where gloo connects each rank with each",
+    }
+    for kind, title in titles.items():
+        starts = [one for one in result.starts if (one.resumed, one.mesh) == kind]
+        for phase in ("rendezvous",) if kind[1] and starts else starts[0].phases if starts else ():
             lines += [f"## {title}: {phase}", ""]
             lines += [
                 "| ranks | rank 0 sends | receives | messages in | out | opened | any other sends | receives | messages in | out "
@@ -192,7 +206,7 @@ def markdown(result: Result, options: Options, machine: Mapping[str, str], comma
     lines += ["## What came out", "", "| start | batches of the order | elements that differ | bad samples | samples |"]
     lines.append("|---|---|---:|---:|---:|")
     for one in result.starts:
-        name = f"{'resumed' if one.resumed else 'started'} on {one.world}"
+        name = f"{'resumed' if one.resumed else 'started'} on {one.world}{', each with each' if one.mesh else ''}"
         same = "equal" if one.right else "different"
         lines.append(f"| {name} | {same} | {one.wrong} | {one.quarantine} | {one.seen} |")
     return "\n".join([*lines, ""])
@@ -204,9 +218,3 @@ def _cell(costs: Mapping[str, float], column: str) -> str:
         return f"{value / 1e6:,.2f} MB" if value >= 1e5 else f"{value / 1e3:,.1f} kB"
     return f"{value:,.0f}"
 
-
-def exponents(starts: Sequence[Started], phase: str, who: str) -> float:
-    """Exponent of the bytes that a rank sends in a phase, over the numbers of ranks."""
-    from pipeline.bench.scale import exponent
-
-    return exponent({one.world: one.phases[phase][who]["sent"] for one in starts})

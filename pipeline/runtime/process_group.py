@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import sys
 import threading
@@ -85,6 +86,7 @@ def join(
         # Otherwise each rank reads the addresses of all connections of all ranks from rank 0's store: bytes that grow with the
         # cube of the world size. Collectives connect a rank with few others.
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+        allow_files(4 * size + 1024)  # rank 0 has connections to all others: to its store, and to gather what they send
     limit = timedelta(seconds=timeout)
     notice = threading.Timer(_NOTICE, _report_waiting, (rank, size, f"{address}:{port}", timeout))
     notice.daemon = True
@@ -109,6 +111,14 @@ def join(
     finally:
         notice.cancel()
     return World(rank, size, local_rank, device, control, local_size, dist.PrefixStore(f"{key}/shared", store))
+
+
+def allow_files(count: int) -> None:
+    """Raises this process's limit of open files to a number, as far as the hard limit permits; it is often 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _report_waiting(rank: int, size: int, where: str, timeout: float) -> None:
