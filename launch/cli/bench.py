@@ -154,7 +154,7 @@ def large_job(
         list[int] | None,
         typer.Option("--ranks", min=4, help="Numbers of ranks, multiples of 4; 64 to 512 by default. May be repeated."),
     ] = None,
-    batch: Annotated[int, typer.Option(min=4, help="Global batch size; all numbers of ranks, and 3/4 of them, divide it.")] = 1536,
+    batch: Annotated[int, typer.Option(min=4, help="Global batch size, divisible by all of them and by 3/4 of them.")] = 1536,
     smoke: Annotated[bool, typer.Option("--smoke", help="Eight ranks, as a smoke test.")] = False,
     out: Out = None,
 ) -> None:

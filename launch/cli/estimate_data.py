@@ -112,9 +112,9 @@ def lines(cost: DataCost) -> list[str]:
     if heavy and fewer is not None and fewer < reading.streams:
         new = Reading(reading.parts, reading.global_batch, fewer, reading.block_size, reading.nodes)
         out.append(
-            f"data.canonical_streams={fewer} needs {new.shards(0, 1):,.0f} shards ({_size(new.bytes(0, 1))}) for the first step and "
-            f"{_size(new.cache)} of cache, downloads {_ratio(new, 0, steps)} bytes for each used, and mixes "
-            f"{new.shards(0, 1) * new.nodes:,.0f} shards in a batch at most: for shards that are shuffled already (fovea shards pack)."
+            f"data.canonical_streams={fewer} needs {new.shards(0, 1):,.0f} shards ({_size(new.bytes(0, 1))}) for the first step "
+            f"and {_size(new.cache)} of cache, downloads {_ratio(new, 0, steps)} bytes for each used, and a batch has samples of "
+            f"{new.shards(0, 1) * new.nodes:,.0f} shards: for shards that are shuffled already (fovea shards pack)."
         )
     if cost.indexed:
         out.append(f"Index: there already; {_size(index.mapped)} mapped by the processes of a node, {_rows(cost)}.")
@@ -122,8 +122,8 @@ def lines(cost: DataCost) -> list[str]:
         here = cores()
         out.append(
             f"Index: reads {_size(index.read)} and takes {_time(index.cpu)} of CPU, {_time(index.seconds(here) or 0)} on {here} "
-            f"cores such as these; fovea shards index --part i/n divides it among machines. Then {_size(index.mapped)} are mapped "
-            f"by the processes of a node, {_rows(cost)}."
+            f"cores such as these; fovea shards index --part i/n divides it among machines. Then {_size(index.mapped)} are "
+            f"mapped by the processes of a node, {_rows(cost)}."
         )
     else:
         out.append(f"Index: reads {_size(index.read)}; --index-shards 3 indexes three shards to estimate its time and memory.")

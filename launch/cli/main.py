@@ -373,7 +373,7 @@ def estimate(
     ] = None,
     index_shards: Annotated[
         int,
-        typer.Option(min=0, max=1000, help="Shards to index for an estimate of what the data cost, if there is no index of them."),
+        typer.Option(min=0, max=1000, help="Shards to index to estimate what the data cost, if there is no index of them."),
     ] = 0,
 ) -> None:
     """Estimate GPU memory by ZeRO stage and number of GPUs, recommend a stage, and estimate time, cost and checkpoint interval.

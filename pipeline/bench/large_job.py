@@ -124,9 +124,7 @@ def measure(options: Options, *, log: Callable[[str], None]) -> Result:
     jobs = [(world, True) for world in options.mesh] + [(world, False) for world in options.worlds]
     for world, mesh in jobs:
         with tempfile.TemporaryDirectory(prefix="fovea-large-job-") as folder:
-            synthetic.write(
-                f"{folder}/data", train=options.shards * _SHARD, val=16, size=16, seed=0, samples_per_shard=_SHARD
-            )
+            synthetic.write(f"{folder}/data", train=options.shards * _SHARD, val=16, size=16, seed=0, samples_per_shard=_SHARD)
             for ranks, done in ((world, 0),) if mesh else ((world, 0), (world * 3 // 4, options.steps)):
                 start = Start(folder, ranks, options.steps, options.batch, _free_port(), done, mesh)
                 one = Started(world=ranks, resumed=bool(done), mesh=mesh, **_probe(start))
@@ -198,9 +196,7 @@ def markdown(result: Result, options: Options, machine: Mapping[str, str], comma
                 cells = [_cell(one.phases[phase][who], column) for who in ("first", "others") for column in _COLUMNS]
                 lines.append(f"| {one.world} | {' | '.join(cells)} |")
             if len(starts) > 1:
-                growth = [
-                    exponent({one.world: one.phases[phase][who]["sent"] for one in starts}) for who in ("first", "others")
-                ]
+                growth = [exponent({one.world: one.phases[phase][who]["sent"] for one in starts}) for who in ("first", "others")]
                 lines.append(f"| exponent | {growth[0]:.2f} | | | | | {growth[1]:.2f} | | | | |")
             lines.append("")
     lines += ["## What came out", "", "| start | batches of the order | elements that differ | bad samples | samples |"]
@@ -217,4 +213,3 @@ def _cell(costs: Mapping[str, float], column: str) -> str:
     if column in ("sent", "received"):
         return f"{value / 1e6:,.2f} MB" if value >= 1e5 else f"{value / 1e3:,.1f} kB"
     return f"{value:,.0f}"
-

@@ -20,7 +20,6 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -161,7 +160,9 @@ class Weights:
 def _rank(start: Start, config: Any, rank: int) -> dict[str, Any]:
     """The life of a rank; returns its costs, samples and findings."""
     run = RunDirectory(Path(start.folder) / "run")
-    phases, result = Phases(run.path), {"ids": [], "wrong": 0}
+    phases = Phases(run.path)
+    ids: list[list[int]] = []
+    result: dict[str, Any] = {"ids": ids, "wrong": 0}
     with phases.phase("rendezvous"):
         world = process_group.join(
             rank=rank,
@@ -192,7 +193,7 @@ def _rank(start: Start, config: Any, rank: int) -> dict[str, Any]:
             # One sample of each rank counts as bad, so that checkpoints have something to gather.
             bad = [Event(number, records[0].id, records[0].key, "", "corrupt", -1)] if number == step else []
             bad_samples.saw(len(records), bad)
-            result["ids"].append([record.id for record in records])
+            ids.append([record.id for record in records])
             requests.agreed(world.control)
     with phases.phase("metrics of a logged step"):
         own = torch.zeros(2, dtype=torch.float64)

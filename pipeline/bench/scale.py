@@ -55,7 +55,7 @@ class Options:
     checkpoints: tuple[int, ...] = (100, 1000, 10_000)
     steps: tuple[int, ...] = (10_000, 100_000, 1_000_000)
     streams: tuple[int, ...] = (256, 128, 64, 32, 16, 8, 4)
-    shape: Shape = Shape()
+    shape: Shape = field(default_factory=Shape)
     scenes: int = 12_000
     before: Path | None = None
     most_before: tuple[int, int] = (500_000, 10_000_000)

@@ -101,9 +101,7 @@ def _mixing(shape: Shape, order: Order) -> Mixing:
         rows.append((len(counts), np.abs(np.diff(places)).mean() / (total / 3), same, classes))
     shards_of, distance, same, classes_of = np.mean(rows, axis=0).tolist()
     down = len(order.shards(begin, begin + steps)) * shape.rows / (steps * shape.batch)
-    return Mixing(
-        order.streams, len(order.shards(0, 1)), _cached(order, begin), down, shards_of, distance, same, classes_of
-    )
+    return Mixing(order.streams, len(order.shards(0, 1)), _cached(order, begin), down, shards_of, distance, same, classes_of)
 
 
 def _cached(order: Order, begin: int) -> int:
@@ -189,7 +187,7 @@ def markdown(rows: Sequence[Mixing], estimates: Sequence[Compared], shape: Shape
         "`data.canonical_streams` of a new run. *Classes* and *same shard* matter for shards that are stored by class; packing "
         f"shuffles them. A random batch would have {_CLASSES * (1 - (1 - 1 / _CLASSES) ** shape.batch):.0f} classes.",
         "",
-        "| streams | shards for the first step | shards of the cache | bytes downloaded for each used, 1000 steps | shards in a batch "
+        "| streams | shards for the first step | of the cache | bytes downloaded for each used, 1000 steps | shards in a batch "
         "| distance of neighbours, random = 1 | pairs from the same shard | classes in a batch, of 1000, stored by class |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
@@ -198,7 +196,13 @@ def markdown(rows: Sequence[Mixing], estimates: Sequence[Compared], shape: Shape
         f"{row.same:.2%} | {row.classes:.0f} |"
         for row in rows
     ]
-    lines += ["", "## What fovea estimate says, and what it is", "", "| figure | estimated | measured | ratio |", "|---|---:|---:|---:|"]
+    lines += [
+        "",
+        "## What fovea estimate says, and what it is",
+        "",
+        "| figure | estimated | measured | ratio |",
+        "|---|---:|---:|---:|",
+    ]
     for one in estimates:
         values = [f"{value:,.3g} {one.unit}".strip() for value in (one.estimated, one.measured)]
         lines.append(f"| {one.name} | {values[0]} | {values[1]} | {one.estimated / max(one.measured, 1e-9):.2f} |")

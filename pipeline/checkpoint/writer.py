@@ -223,13 +223,13 @@ class Checkpoints:
             return Outcome(step, pending.final)
         part = dict(pending.job.result())
         self.digests = part.pop("digests")
-        written: list[Any] | None = [None] * dist.get_world_size() if self._leads or self._nodes is not None else None
+        written: list[Any] = [None] * dist.get_world_size()
         if self._nodes is not None:
             dist.all_gather_object(written, part, group=self._group)  # the first rank of each node writes a manifest
         else:
-            dist.gather_object(part, written, dst=0, group=self._group)
+            dist.gather_object(part, written if self._leads else None, dst=0, group=self._group)
         pending.committing = True
-        if self._leads and written is not None:
+        if self._leads:
             pending.job = self._thread.submit(self._commit, pending, written)
         return None
 

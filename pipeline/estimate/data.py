@@ -160,9 +160,7 @@ def _spread(manifest: Manifest, count: int) -> list[int]:
     return [int(filled[at * len(filled) // count]) for at in range(min(count, len(filled)))]
 
 
-def surveyed(
-    abouts: Sequence[storage.ObjectStat], fields: Fields, store: storage.Storage, count: int
-) -> tuple[Part, IndexCost]:
+def surveyed(abouts: Sequence[storage.ObjectStat], fields: Fields, store: storage.Storage, count: int) -> tuple[Part, IndexCost]:
     """Estimates a data set from a few of its shards, which are indexed for it; nothing is kept.
 
     Args:

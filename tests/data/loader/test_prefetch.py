@@ -85,9 +85,7 @@ def test_the_shards_of_the_next_steps_are_there_before_they_are_read_and_no_othe
     assert not list(cache.folder.glob(".needs-*")), "a stream that has ended still needs shards"
 
 
-def test_ranks_of_one_stream_begin_with_different_shards_of_it(
-    manifest: Manifest, open_storage: Callable[..., Storage]
-) -> None:
+def test_ranks_of_one_stream_begin_with_different_shards_of_it(manifest: Manifest, open_storage: Callable[..., Storage]) -> None:
     order, begun = Order(manifest.sizes, 3, 8, streams=1, block_size=80), []
     for rank in range(4):
         prefetcher = Prefetcher(manifest, order, open_storage(), world=4, rank=rank, last=None, horizon=4)
