@@ -208,6 +208,10 @@ def pack(
     ] = None,
     outage_timeout: shards_bucket.OutageOption = 60.0,
     selection: SelectionOption = None,
+    part: Annotated[
+        str | None,
+        typer.Option(help="Pack only one part of SOURCE, such as 3/16; its shards begin with PREFIX_00003of00016."),
+    ] = None,
 ) -> None:
     """Write shuffled WebDataset shards. If interrupted, the same command continues and produces identical bytes.
 
@@ -223,6 +227,9 @@ def pack(
 
     With --channels, TIFF, PNG, NumPy and DICOM files are packed as they are; where several files make an image, they share a
     name up to the first dot.
+
+    With --part, several machines share the work: of shards each reads its own and shuffles within them, so that memory grows
+    with a part; of other sources each lists all.
 
     An ambiguous SOURCE is refused. Skipped samples are counted, and listed in OUT/PREFIX.skipped.txt. To a bucket, each shard is
     sent while the next is packed, and compared by size and checksum; see also fovea shards push.
@@ -240,6 +247,8 @@ def pack(
     fovea shards pack 'old/{00000..00999}.tar' unique/ --selection unique.parquet
 
     fovea shards pack microscope/ shards/ --channels 8xuint16
+
+    sbatch --array 1-16 --wrap 'fovea shards pack "old/*.tar" s3://bucket/new --part $SLURM_ARRAY_TASK_ID/16'
     """
     from launch.progress import progress_bar
     from pipeline.data.formats.channels import required
@@ -248,6 +257,9 @@ def pack(
     from pipeline.data.pack.sources import Options, open_source
 
     _check_out(source, out)
+    own = part_of(part)
+    if own is not None:
+        prefix = f"{prefix}_{own[0]:05d}of{own[1]:05d}"
     options = Options(
         use_damaged=on_truncated_shard is OnTruncated.KEEP_READABLE,
         follow_links=follow_links,
@@ -256,6 +268,7 @@ def pack(
         classes=_class_names(classes),
         max_file=max_file_mb << 20,
         channels=required(channels_of(channels)),
+        part=own,
     )
     packing = Packing(
         prefix=prefix,

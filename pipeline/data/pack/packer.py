@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -217,7 +217,7 @@ def _pack(
             delivery.offer(path)
 
     total = len(source)
-    order = list(range(total)) if packing.seed is None else permutation(total, packing.seed, _SHUFFLE).tolist()
+    order = range(total) if packing.seed is None else permutation(total, packing.seed, _SHUFFLE)
     writer = ShardWriter(
         out,
         packing.prefix,
@@ -302,11 +302,11 @@ def _nothing_packed(path: Path, source: Source, skipped: Sequence[tuple[str, str
 
 
 def _ahead(
-    pool: ThreadPoolExecutor, source: Source, packing: Packing, positions: Sequence[int], most: int
+    pool: ThreadPoolExecutor, source: Source, packing: Packing, positions: Iterable[int], most: int
 ) -> Iterator[tuple[int, _Prepared]]:
     """Yields each position with the result of :func:`_prepare`; the next few are computed in advance."""
     flying: deque[tuple[int, Future[_Prepared]]] = deque()
-    for position in positions:
+    for position in map(int, positions):
         flying.append((position, pool.submit(_prepare, source, packing, position)))
         if len(flying) >= most:
             first, job = flying.popleft()
