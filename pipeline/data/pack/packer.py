@@ -1,7 +1,7 @@
 """Packs samples into shards, deterministically in the seed; resumes after an interruption.
 
-After each complete shard, ``<prefix>.pack.json`` records the progress with source, seed and sizes. The same command keeps the
-finished shards, continues with the next, and produces the same bytes as an uninterrupted run.
+After each complete shard, its entry is recorded beside ``<prefix>.pack.json``, which has source, seed and sizes. The same command
+keeps the finished shards, continues with the next, and produces the same bytes as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def _pack(
         samples = writer.samples - sum(piece.samples for piece in pieces)
         pieces.append(Piece(path.name, path.stat().st_size, samples, rewritten, seen, journal.tell()))
         rewritten = 0
-        state.save(pieces)
+        state.add(pieces)
         if progress is not None:
             progress(seen, len(source), f"{path.name}: {samples} samples, {pieces[-1].bytes / 1e6:.1f} MB")
         if delivery is not None:

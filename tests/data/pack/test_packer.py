@@ -194,13 +194,16 @@ def test_killed_in_the_middle_the_same_command_ends_with_the_same_bytes(tmp_path
 
     whole = start("whole")
     killed = start("killed", 90)  # at which it stands still, some shards in
-    state = tmp_path / "killed" / "train.pack.json"
+    state, added = tmp_path / "killed" / "train.pack.json", tmp_path / "killed" / ".train.pack.tmp"
     end = deadline()
-    while not state.exists() or len(json.loads(state.read_bytes())["shards"]) < 3 or not list(state.parent.glob(".train-*.tmp")):
+    while not added.exists() or added.read_bytes().count(b"\n") < 3 or not list(state.parent.glob(".train-*.tmp")):
         assert time.monotonic() < end and killed.poll() is None
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL and whole.wait() == 0
+    assert json.loads(state.read_bytes())["shards"] == [], "all shards are written down again after each"
+    with added.open("a") as file:
+        file.write('{"at": 3, "name": "train-0')  # a line that the kill cut off
     done = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("train-*.tar")}
     assert 3 <= len(done) < 14
     assert start("killed").wait() == 0
