@@ -148,31 +148,6 @@ def scale(
     )
 
 
-@app.command(name="large-job")
-def large_job(
-    ranks: Annotated[
-        list[int] | None,
-        typer.Option("--ranks", min=4, help="Numbers of ranks, multiples of 4; 64 to 512 by default. May be repeated."),
-    ] = None,
-    batch: Annotated[int, typer.Option(min=4, help="Global batch size, divisible by all of them and by 3/4 of them.")] = 1536,
-    smoke: Annotated[bool, typer.Option("--smoke", help="Eight ranks, as a smoke test.")] = False,
-    out: Out = None,
-) -> None:
-    """Simulate a job of up to 512 ranks without a model: start, 10 steps, checkpoint, resume on 3/4; messages and bytes.
-
-    Needs about 10 GB of memory for 512 ranks, and minutes.
-
-    [b]Example[/b]
-
-    fovea bench large-job --ranks 64 --ranks 512
-    """
-    from pipeline.bench.large_job import Options, markdown, measure
-
-    options = Options.smoke() if smoke else replace(Options(), worlds=tuple(ranks or Options.worlds), batch=batch)
-    result = measure(options, log=log)
-    save("large-job-cpu", out, partial(markdown, result, options), asdict(result))
-
-
 @app.command()
 def flops(
     names: Annotated[
@@ -444,7 +419,6 @@ def benchmarks() -> list[Benchmark]:
         ("checkpoint", checkpoint, large, {**tiny, "saves": 1}),
         ("data", data, {}, {"images": 16, "batch": 8, "smoke": True}),
         ("scale", scale, {}, {"smoke": True}),
-        ("large-job", large_job, {}, {"smoke": True}),
     ]
 
 

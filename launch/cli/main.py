@@ -371,22 +371,15 @@ def estimate(
     dataset_size: Annotated[
         int | None, typer.Option(min=1, help="Samples per epoch, for durations in epochs; by default counted from the shards.")
     ] = None,
-    index_shards: Annotated[
-        int,
-        typer.Option(min=0, max=1000, help="Shards to index to estimate what the data cost, if there is no index of them."),
-    ] = 0,
+    index_shards: Annotated[int, typer.Option(min=0, help="Shards to index to say what data cost, without an index.")] = 0,
 ) -> None:
-    """Estimate GPU memory by ZeRO stage and number of GPUs, recommend a stage, and estimate time, cost and checkpoint interval.
-
-    Of the data: downloads, cache and index, if the shards are indexed or with --index-shards.
+    """Estimate GPU memory by ZeRO stage and number of GPUs, recommend a stage; estimate time, cost, checkpoint interval, data.
 
     [b]Examples[/b]
 
     fovea estimate dinov2/cifar10_vit_tiny data.shards=/data/train.tar --gpus 8 --gpu-memory-gb 80
 
     fovea estimate dinov2/vitl16_short data.shards=none.tar --cluster one_node_8gpu --dataset-size 1281167
-
-    fovea estimate my.yaml data.shards='s3://bucket/web/*.tar' --gpus 64 --cluster my.yaml --index-shards 3
     """
     loaded = _load(config, overrides)
     from launch.cli.estimate import cost, measure, ranks_of, run
@@ -400,8 +393,7 @@ def estimate(
     if site and (total := cost(loaded.config, site, ranks=ranks, efficiency=efficiency, samples=dataset_size)):
         interval(loaded.config, site, total, sizes, ranks=ranks)
     snapshots(loaded.config, site, sizes, ranks=ranks)
-    nodes = nodes_of(site, ranks)
-    data(loaded.config, ranks=ranks, nodes=nodes, shards=index_shards, samples=dataset_size)
+    data(loaded.config, ranks=ranks, nodes=nodes_of(site, ranks), shards=index_shards, samples=dataset_size)
     raise typer.Exit(code)
 
 

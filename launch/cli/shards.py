@@ -13,7 +13,7 @@ import typer
 from launch.cli import shards_bucket, shards_curate
 from launch.cli.channels import ChannelsOption, channels_of, measured, write_text
 from launch.cli.choices import ImageFormat, Labels, OnTruncated, SourceLayout, local_only
-from launch.cli.shards_index import NAMED, build_index, part_of, store_at_start
+from launch.cli.shards_index import NAMED, build_index, class_names, part_of, store_at_start
 from launch.cli.shards_synthesize import synthesize
 from pipeline.errors import ConfigError
 from pipeline.masking import printable, shown
@@ -47,6 +47,9 @@ LabelOption = Annotated[str | None, typer.Option(help="File extension of class n
 SelectionOption = Annotated[
     list[Path] | None, typer.Option(metavar="FILE", help="Use only the samples of this selection; may be repeated.")
 ]
+PartOption = Annotated[
+    str | None, typer.Option(help="Do only one part of the shards, such as 3/16; the same command without it joins all parts.")
+]
 OnTruncatedOption = Annotated[
     OnTruncated, typer.Option(help="How to handle a truncated tar: raise an error, or keep the samples before the cut.")
 ]
@@ -65,10 +68,7 @@ def index(
     report: Annotated[
         Path | None, typer.Option(help="Report file of all problems, as JSON and .txt; by default report.json in the index.")
     ] = None,
-    part: Annotated[
-        str | None,
-        typer.Option(help="Index only one part of the shards, such as 3/16; the same command without it joins all parts."),
-    ] = None,
+    part: PartOption = None,
     check: Annotated[bool, typer.Option("--check", help="Read the existing index too, and replace what is damaged.")] = False,
 ) -> None:
     """Read every shard once and record its samples, which of them can be used, and why the others cannot.
@@ -109,10 +109,7 @@ def verify(
         ),
     ] = False,
     report: Annotated[Path | None, typer.Option(help="Write every failure to this JSON file.")] = None,
-    part: Annotated[
-        str | None,
-        typer.Option(help="Verify only one part of the shards, such as 3/16; the same command without it joins all parts."),
-    ] = None,
+    part: PartOption = None,
 ) -> None:
     """Decode every accepted sample, and compare its checksum and size with the index. Exit code 1 if any fails.
 
@@ -209,8 +206,7 @@ def pack(
     outage_timeout: shards_bucket.OutageOption = 60.0,
     selection: SelectionOption = None,
     part: Annotated[
-        str | None,
-        typer.Option(help="Pack only one part of SOURCE, such as 3/16; its shards begin with PREFIX_00003of00016."),
+        str | None, typer.Option(help="Pack only one part of SOURCE, such as 3/16; its shards begin with PREFIX_00003of00016.")
     ] = None,
 ) -> None:
     """Write shuffled WebDataset shards. If interrupted, the same command continues and produces identical bytes.
@@ -265,7 +261,7 @@ def pack(
         follow_links=follow_links,
         roots=tuple(root or ()),
         labels=labels.value,
-        classes=_class_names(classes),
+        classes=class_names(classes),
         max_file=max_file_mb << 20,
         channels=required(channels_of(channels)),
         part=own,
@@ -461,22 +457,6 @@ def _settings(
         key = ".".join(str(part) for part in first["loc"][:1]) or "shards"
         what = first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{str(first['input'])[:200]!r} {what}", where=key, hint="Name a folder, or a pattern with *") from None
-
-
-def _class_names(path: Path | None) -> tuple[str, ...]:
-    if path is None:
-        return ()
-    from pipeline.untrusted import read_bytes
-
-    try:
-        names = read_bytes(path, limit=64 << 20, error=ConfigError).decode("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot be read ({error})", where=str(path), hint="Give a text file with one name per line") from error
-    if not names or len(set(names)) < len(names) or not all(name.strip() for name in names):
-        raise ConfigError(
-            "must contain every class name once, one per line", where=str(path), hint="Give the classes.txt of a packing"
-        )
-    return tuple(names)
 
 
 def _check_out(source: str, out: str) -> None:

@@ -257,11 +257,11 @@ class Order:
             return GlobalBatch(*self.datasets[0].samples(streams, [start + first for first in firsts], counts))
         own = slice(rows.start - streams.start * each, rows.stop - streams.start * each)
         labels, positions = self._interleaver.slots(streams, start, each)
-        wanted = np.zeros(labels.size, dtype=bool)
-        wanted[own] = True
+        included = np.zeros(labels.size, dtype=bool)
+        included[own] = True
         ids, epochs = np.empty(labels.shape, dtype=np.uint64), np.empty(labels.shape, dtype=np.int64)
         for which, dataset in enumerate(self.datasets):
-            mask = (labels == which) & wanted.reshape(labels.shape)
+            mask = (labels == which) & included.reshape(labels.shape)
             counts_of = mask.sum(axis=1)
             mixed = np.flatnonzero(counts_of)
             if not len(mixed):

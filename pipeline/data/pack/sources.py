@@ -119,10 +119,10 @@ def open_source(
         ConfigError: an option does not fit the layout.
     """
     options = options or Options(use_damaged=use_damaged)
-    whole = _opened(source, layout, options.use_damaged or use_damaged, store or storage.Storage(), options)
-    if options.part is None or (isinstance(whole, Members) and whole.unit == "members"):  # its shards are those of the part
-        return whole
-    return SourcePart(whole, *options.part)
+    listed = _opened(source, layout, options.use_damaged or use_damaged, store or storage.Storage(), options)
+    if options.part is None or (isinstance(listed, Members) and listed.unit == "members"):  # its shards are those of the part
+        return listed
+    return SourcePart(listed, *options.part)
 
 
 def _opened(
