@@ -120,7 +120,7 @@ def scale(
     smoke: Annotated[bool, typer.Option("--smoke", help="Few shards, as a smoke test.")] = False,
     out: Out = None,
 ) -> None:
-    """Benchmark how costs of an index grow: start of a rank, manifest, evaluation samples, reading. Needs about 2 GB of disk.
+    """Benchmark how costs grow: start of a rank, manifest, evaluation samples, reading, downloads. Needs about 2 GB of disk.
 
     [b]Examples[/b]
 
@@ -129,14 +129,22 @@ def scale(
     fovea bench scale --before ../fovea-0.9
     """
     from pipeline.bench.scale import Options, markdown, measure
+    from pipeline.bench.streams import compared, mixing
 
     options = replace(Options.smoke() if smoke else Options(), before=before and before.resolve())
     curves = measure(options, log=log)
+    log("streams and estimates")
+    rows = mixing(options.shape, options.streams)
+    estimates = compared(options.shape, options.streams[::3], 1 if smoke else 8, options.scenes)
     save(
         "scale",
         out,
-        lambda machine, command: markdown(curves, options, machine, command),
-        {"curves": [asdict(c) for c in curves]},
+        lambda machine, command: markdown(curves, options, machine, command, rows=rows, estimates=estimates),
+        {
+            "curves": [asdict(c) for c in curves],
+            "streams": [asdict(row) for row in rows],
+            "estimates": [asdict(one) for one in estimates],
+        },
     )
 
 

@@ -371,8 +371,9 @@ def estimate(
     dataset_size: Annotated[
         int | None, typer.Option(min=1, help="Samples per epoch, for durations in epochs; by default counted from the shards.")
     ] = None,
+    index_shards: Annotated[int, typer.Option(min=0, help="Shards to index to say what data cost, without an index.")] = 0,
 ) -> None:
-    """Estimate GPU memory by ZeRO stage and number of GPUs, recommend a stage, and estimate time, cost and checkpoint interval.
+    """Estimate GPU memory by ZeRO stage and number of GPUs, recommend a stage; estimate time, cost, checkpoint interval, data.
 
     [b]Examples[/b]
 
@@ -382,7 +383,8 @@ def estimate(
     """
     loaded = _load(config, overrides)
     from launch.cli.estimate import cost, measure, ranks_of, run
-    from launch.cli.estimate_interval import interval, snapshots
+    from launch.cli.estimate_data import data
+    from launch.cli.estimate_interval import interval, nodes_of, snapshots
     from launch.slurm import profile as profiles
 
     site, sizes = profiles.load(cluster) if cluster else None, measure(loaded.config)
@@ -391,6 +393,7 @@ def estimate(
     if site and (total := cost(loaded.config, site, ranks=ranks, efficiency=efficiency, samples=dataset_size)):
         interval(loaded.config, site, total, sizes, ranks=ranks)
     snapshots(loaded.config, site, sizes, ranks=ranks)
+    data(loaded.config, ranks=ranks, nodes=nodes_of(site, ranks), shards=index_shards, samples=dataset_size)
     raise typer.Exit(code)
 
 

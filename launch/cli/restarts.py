@@ -49,7 +49,7 @@ def attend(config: Config, run: RunDirectory, ranks: int, checkpoint: Saved | No
             snapshots = stack.enter_context(host_memory.folder(run.path))
             environment[host_memory.VARIABLE] = str(snapshots)
         server = None
-        if config.launch.preload or (config.launch.preload is None and left and not gpus()):
+        if config.launch.preload or (config.launch.preload is None and (left or ranks > 1) and not gpus()):
             shared = local.common_environment(ranks, environment, config.train.threads)
             server = RankServer(local.tied([]), shared, compiling=ranks if config.train.compile else 0)
             stack.callback(server.close)

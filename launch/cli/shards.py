@@ -13,7 +13,7 @@ import typer
 from launch.cli import shards_bucket, shards_curate
 from launch.cli.channels import ChannelsOption, channels_of, measured, write_text
 from launch.cli.choices import ImageFormat, Labels, OnTruncated, SourceLayout, local_only
-from launch.cli.shards_index import NAMED, build_index, part_of, store_at_start
+from launch.cli.shards_index import NAMED, build_index, class_names, part_of, store_at_start
 from launch.cli.shards_synthesize import synthesize
 from pipeline.errors import ConfigError
 from pipeline.masking import printable, shown
@@ -47,6 +47,9 @@ LabelOption = Annotated[str | None, typer.Option(help="File extension of class n
 SelectionOption = Annotated[
     list[Path] | None, typer.Option(metavar="FILE", help="Use only the samples of this selection; may be repeated.")
 ]
+PartOption = Annotated[
+    str | None, typer.Option(help="Do only one part of the shards, such as 3/16; the same command without it joins all parts.")
+]
 OnTruncatedOption = Annotated[
     OnTruncated, typer.Option(help="How to handle a truncated tar: raise an error, or keep the samples before the cut.")
 ]
@@ -65,10 +68,7 @@ def index(
     report: Annotated[
         Path | None, typer.Option(help="Report file of all problems, as JSON and .txt; by default report.json in the index.")
     ] = None,
-    part: Annotated[
-        str | None,
-        typer.Option(help="Index only one part of the shards, such as 3/16; the same command without it joins all parts."),
-    ] = None,
+    part: PartOption = None,
     check: Annotated[bool, typer.Option("--check", help="Read the existing index too, and replace what is damaged.")] = False,
 ) -> None:
     """Read every shard once and record its samples, which of them can be used, and why the others cannot.
@@ -109,10 +109,7 @@ def verify(
         ),
     ] = False,
     report: Annotated[Path | None, typer.Option(help="Write every failure to this JSON file.")] = None,
-    part: Annotated[
-        str | None,
-        typer.Option(help="Verify only one part of the shards, such as 3/16; the same command without it joins all parts."),
-    ] = None,
+    part: PartOption = None,
 ) -> None:
     """Decode every accepted sample, and compare its checksum and size with the index. Exit code 1 if any fails.
 
@@ -208,6 +205,9 @@ def pack(
     ] = None,
     outage_timeout: shards_bucket.OutageOption = 60.0,
     selection: SelectionOption = None,
+    part: Annotated[
+        str | None, typer.Option(help="Pack only one part of SOURCE, such as 3/16; its shards begin with PREFIX_00003of00016.")
+    ] = None,
 ) -> None:
     """Write shuffled WebDataset shards. If interrupted, the same command continues and produces identical bytes.
 
@@ -223,6 +223,9 @@ def pack(
 
     With --channels, TIFF, PNG, NumPy and DICOM files are packed as they are; where several files make an image, they share a
     name up to the first dot.
+
+    With --part, several machines share the work: of shards each reads its own and shuffles within them, so that memory grows
+    with a part; of other sources each lists all.
 
     An ambiguous SOURCE is refused. Skipped samples are counted, and listed in OUT/PREFIX.skipped.txt. To a bucket, each shard is
     sent while the next is packed, and compared by size and checksum; see also fovea shards push.
@@ -240,6 +243,8 @@ def pack(
     fovea shards pack 'old/{00000..00999}.tar' unique/ --selection unique.parquet
 
     fovea shards pack microscope/ shards/ --channels 8xuint16
+
+    sbatch --array 1-16 --wrap 'fovea shards pack "old/*.tar" s3://bucket/new --part $SLURM_ARRAY_TASK_ID/16'
     """
     from launch.progress import progress_bar
     from pipeline.data.formats.channels import required
@@ -248,14 +253,18 @@ def pack(
     from pipeline.data.pack.sources import Options, open_source
 
     _check_out(source, out)
+    own = part_of(part)
+    if own is not None:
+        prefix = f"{prefix}_{own[0]:05d}of{own[1]:05d}"
     options = Options(
         use_damaged=on_truncated_shard is OnTruncated.KEEP_READABLE,
         follow_links=follow_links,
         roots=tuple(root or ()),
         labels=labels.value,
-        classes=_class_names(classes),
+        classes=class_names(classes),
         max_file=max_file_mb << 20,
         channels=required(channels_of(channels)),
+        part=own,
     )
     packing = Packing(
         prefix=prefix,
@@ -448,22 +457,6 @@ def _settings(
         key = ".".join(str(part) for part in first["loc"][:1]) or "shards"
         what = first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{str(first['input'])[:200]!r} {what}", where=key, hint="Name a folder, or a pattern with *") from None
-
-
-def _class_names(path: Path | None) -> tuple[str, ...]:
-    if path is None:
-        return ()
-    from pipeline.untrusted import read_bytes
-
-    try:
-        names = read_bytes(path, limit=64 << 20, error=ConfigError).decode("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot be read ({error})", where=str(path), hint="Give a text file with one name per line") from error
-    if not names or len(set(names)) < len(names) or not all(name.strip() for name in names):
-        raise ConfigError(
-            "must contain every class name once, one per line", where=str(path), hint="Give the classes.txt of a packing"
-        )
-    return tuple(names)
 
 
 def _check_out(source: str, out: str) -> None:

@@ -116,3 +116,20 @@ def store_at_start() -> Storage:
     from pipeline.data.storage import Storage
 
     return Storage(StorageSettings(outage_timeout=_GRACE))
+
+
+def class_names(path: Path | None) -> tuple[str, ...]:
+    """The class names in a file, one per line; none without a file."""
+    if path is None:
+        return ()
+    from pipeline.untrusted import read_bytes
+
+    try:
+        names = read_bytes(path, limit=64 << 20, error=ConfigError).decode("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot be read ({error})", where=str(path), hint="Give a text file with one name per line") from error
+    if not names or len(set(names)) < len(names) or not all(name.strip() for name in names):
+        raise ConfigError(
+            "must contain every class name once, one per line", where=str(path), hint="Give the classes.txt of a packing"
+        )
+    return tuple(names)

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.bench.streams import Compared, Mixing, Shape
+from pipeline.bench.streams import markdown as streams_markdown
 from pipeline.errors import ConfigError
 from pipeline.runtime.interpreter import ROOT
 
@@ -37,6 +39,9 @@ class Options:
         live: numbers of shards of 1000 samples that are read in random order.
         checkpoints: numbers of checkpoints that are listed.
         steps: lengths of runs whose curves are read, in 1000 attempts (or as many as there are records).
+        streams: numbers of streams for which downloads and shuffling are measured.
+        shape: the set of which they are streams.
+        scenes: images of a set whose index is estimated and made.
         before: checkout of an earlier version to measure too.
         most_before: largest number of shards in a manifest, and of samples to choose from, for the earlier version.
     """
@@ -49,13 +54,17 @@ class Options:
     live: tuple[int, ...] = (200, 1000, 2000)
     checkpoints: tuple[int, ...] = (100, 1000, 10_000)
     steps: tuple[int, ...] = (10_000, 100_000, 1_000_000)
+    streams: tuple[int, ...] = (256, 128, 64, 32, 16, 8, 4)
+    shape: Shape = field(default_factory=Shape)
+    scenes: int = 12_000
     before: Path | None = None
     most_before: tuple[int, int] = (500_000, 10_000_000)
 
     @classmethod
     def smoke(cls) -> Options:
         """Sizes of a test."""
-        return cls((2, 4), 20, (10, 100), (100, 1000), 10, (2, 4), (1, 3), (100, 1000))
+        small = Shape(200, 100, 64, 128)
+        return cls((2, 4), 20, (10, 100), (100, 1000), 10, (2, 4), (1, 3), (100, 1000), (16, 4), small, 200)
 
 
 @dataclass
@@ -163,8 +172,16 @@ def _probe(root: Path, name: str, options: Mapping[str, Any]) -> dict[str, float
     return result
 
 
-def markdown(curves: Sequence[Curve], options: Options, machine: Mapping[str, str], command: str) -> str:
-    """Render the page: a table for each cost, with the exponents."""
+def markdown(
+    curves: Sequence[Curve],
+    options: Options,
+    machine: Mapping[str, str],
+    command: str,
+    *,
+    rows: Sequence[Mixing] = (),
+    estimates: Sequence[Compared] = (),
+) -> str:
+    """Render the page: a table for each cost, with the exponents; streams and estimates."""
     lines = [
         "# How costs of an index grow",
         "",
@@ -185,6 +202,8 @@ def markdown(curves: Sequence[Curve], options: Options, machine: Mapping[str, st
             lines.append(f"| {size:,} | {old}{_shown(now, curve.figure)} |")
         old = f"{exponent(curve.before):.2f} | " if both else ""
         lines += [f"| exponent | {old}{exponent(curve.now):.2f} |", ""]
+    if rows:
+        lines += streams_markdown(rows, estimates, options.shape)
     return "\n".join(lines)
 
 

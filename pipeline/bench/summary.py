@@ -273,6 +273,28 @@ def _scale(d: Document) -> list[Row]:
         now, before = (_amount(curve[when][size], curve["figure"]) for when in ("now", "before"))
         ratio = curve["now"][size] / curve["before"][size]
         rows.append(Row(f"{curve['name']}, {int(size):,} {curve['unit']}", now, f"{before} before", f"{ratio:.3g} x"))
+    streams = d.get("streams", [])
+    if streams:
+        usual = streams[0]
+        for row in streams[1:]:
+            down, other = row["amplification"], usual["amplification"]
+            title = f"bytes downloaded for each used in 1000 steps, {row['streams']} streams"
+            rows.append(Row(title, f"{down:.2f}", f"{other:.2f} with {usual['streams']}", f"{down / other:.2f} x"))
+    return rows
+
+
+def _large_job(d: Document) -> list[Row]:
+    starts = [one for one in d["starts"] if not one["resumed"]]
+    sent = {(one["world"], one["mesh"]): one["phases"]["rendezvous"]["first"]["sent"] for one in starts}
+    rows = []
+    for world, mesh in sent:
+        other = sent.get((world, True))
+        ours = f"{sent[world, mesh] / _MEGABYTE:.2f} MB"
+        if mesh:
+            continue
+        baseline = f"{other / _MEGABYTE:.2f} MB, each with each" if other else "not measured"
+        ratio = f"{sent[world, mesh] / other:.3g} x" if other else ""
+        rows.append(Row(f"sent by the first of {world} ranks at the rendezvous", ours, baseline, ratio))
     return rows
 
 
@@ -373,6 +395,7 @@ _READERS: dict[str, Callable[[Document], list[Row]]] = {
     "collapse-ablation-cpu": _collapse_ablation,
     "host-path": _host_path,
     "scale-cpu": _scale,
+    "large-job-cpu": _large_job,
     "recompilations": _recompilations,
     "loaders-cpu": _loaders,
     "chaos-cpu": _chaos,

@@ -221,10 +221,13 @@ class Checkpoints:
             if self._leads and self._nodes is not None:
                 self._thread.submit(self._prune)  # now that no node needs the one before
             return Outcome(step, pending.final)
-        written: list[Any] = [None] * dist.get_world_size()
         part = dict(pending.job.result())
         self.digests = part.pop("digests")
-        dist.all_gather_object(written, part, group=self._group)
+        written: list[Any] = [None] * dist.get_world_size()
+        if self._nodes is not None:
+            dist.all_gather_object(written, part, group=self._group)  # the first rank of each node writes a manifest
+        else:
+            dist.gather_object(part, written if self._leads else None, dst=0, group=self._group)
         pending.committing = True
         if self._leads:
             pending.job = self._thread.submit(self._commit, pending, written)

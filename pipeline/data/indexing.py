@@ -107,12 +107,8 @@ class Indexer:
             if selected:
                 manifest = select(manifest, [Chosen(0, len(manifest.shards), data.selection)], require, verify=not self.reuse)
             return manifest, ()
-        manifest, counts = self.several({source.name: source.shards for source in data.sources}, required)
-        firsts = itertools.accumulate((0, *counts[:-1]))
-        sources = tuple(
-            Source(source.name, first, count, source.weight, source.repeat or 1.0)
-            for source, first, count in zip(data.sources, firsts, counts, strict=True)
-        )
+        manifest, counts = self.several(_groups(data), required)
+        sources = _sources(data, counts)
         if selected:
             chosen = [
                 Chosen(source.first, source.shards, setting.selection, f"data.sources: selection of {source.name}")
@@ -120,6 +116,13 @@ class Indexer:
             ]
             manifest = select(manifest, chosen, require, verify=not self.reuse)
         return manifest, sources
+
+    def existing(self) -> tuple[Manifest, tuple[Source, ...]] | None:
+        """Returns what :meth:`training_set` does without selections, if the index is there; storage is not asked."""
+        data = self.config.data
+        root, groups = data.index_root, _groups(data)
+        known = self._known(root, root / "sets" / f"{self._name(groups)}.json", (), len(groups))
+        return None if known is None else (known[0], _sources(data, known[1]))
 
     def several(self, groups: dict[str, Sequence[str]], require: tuple[str, ...] = ()) -> tuple[Manifest, tuple[int, ...]]:
         """Returns one index of several data sets, and the number of shards of each.
@@ -212,6 +215,20 @@ def sidecar_folder(root: Path, directory: Path) -> Path:
     except OSError:
         return directory / SIDECARS
     return shared if os.access(shared, os.W_OK | os.X_OK) else directory / SIDECARS
+
+
+def _groups(data: DataSettings) -> dict[str, Sequence[str]]:
+    """Patterns of the training shards by data set."""
+    return {"": data.shards} if data.sources is None else {source.name: source.shards for source in data.sources}
+
+
+def _sources(data: DataSettings, counts: Sequence[int]) -> tuple[Source, ...]:
+    """The data sets of a mixture, from their numbers of shards."""
+    firsts = itertools.accumulate((0, *counts[:-1]))
+    return tuple(
+        Source(source.name, first, count, source.weight, source.repeat or 1.0)
+        for source, first, count in zip(data.sources or (), firsts, counts, strict=data.sources is not None)
+    )
 
 
 def _folder(directory: Path, require: tuple[str, ...]) -> Path:

@@ -147,12 +147,12 @@ class SampleSource:
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
     def check_world(self, world: int, rank: int) -> None:
-        """Rejects ranks that cannot share the streams.
+        """Rejects ranks that cannot share the global batch.
 
         Raises:
             ConfigError: with the possible numbers of ranks.
         """
-        rank_slice(self.order.streams, world, rank)
+        rank_slice(self.order.global_batch, world, rank)
 
     def samples(self, step: int, world: int, rank: int, rows: slice = slice(None)) -> tuple[list[Sample], list[Event]]:
         """Returns one rank's samples of a step, and which of them are substitutes.

@@ -105,8 +105,9 @@ class DataSettings(Settings):
     )
     canonical_streams: Count | None = Field(
         default=None,
-        description="number of streams into which the global order is divided, divisible by the number of ranks; null means "
-        "the greatest common divisor of the global batch size and 256, multiplied if the run's first number of ranks needs more",
+        description="number of streams into which the global order is divided, a divisor of the global batch size; fewer mean "
+        "fewer shards in use at a time (fovea estimate shows how many); null means the greatest common divisor of the global "
+        "batch size and 256, multiplied if it is not divisible by the run's first number of ranks",
     )
     shuffle_block_size: Count = Field(default=16384, description="number of samples shuffled together")
     image_extensions: Texts = Field(

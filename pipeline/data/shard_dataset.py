@@ -150,7 +150,7 @@ class ShardDataset(IterableDataset[Any]):
             world_size: number of ranks.
 
         Raises:
-            ConfigError: a negative step, or ranks that cannot share the streams.
+            ConfigError: a negative step, or ranks that cannot share the global batch.
             DataError: a shard is missing or has changed.
         """
         ranks = self.ranks if rank is None and world_size is None else Ranks.find(rank, world_size)

@@ -121,7 +121,7 @@ def gather(config: Config, inputs: Inputs, specs: tuple[ViewSpec, ...], count: i
 
     order = inputs.order
     # Use the largest world size at which rank 0 still has enough samples: little is read, exactly as that rank would read it.
-    ranks = max(n for n in divisors(order.streams) if order.global_batch // n >= min(count, order.global_batch))
+    ranks = max(n for n in divisors(order.global_batch) if order.global_batch // n >= min(count, order.global_batch))
     reader = Reader(
         inputs.train, wants=("image", "caption", "label"), checksum=config.data.verify_checksums, store=open_storage(config)
     )

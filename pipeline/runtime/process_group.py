@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import sys
 import threading
@@ -18,6 +19,7 @@ from pipeline.errors import LaunchError, RendezvousError
 from pipeline.runtime.gpus import shown
 
 _LOOPBACK = ("127.0.0.1", "localhost")
+_MESH = 32  # ranks up to which gloo connects each with each at the start
 _NOTICE = 30.0  # seconds after which rank 0 reports which ranks are missing
 
 
@@ -80,6 +82,11 @@ def join(
     device = torch.device("cuda", gpu_of(local_rank, local_size, gpus)) if chosen == "nccl" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if size > _MESH:
+        # Otherwise each rank reads the addresses of all connections of all ranks from rank 0's store: bytes that grow with the
+        # cube of the world size. Collectives connect a rank with few others.
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+        allow_files(4 * size + 1024)  # rank 0 has connections to all others: to its store, and to gather what they send
     limit = timedelta(seconds=timeout)
     notice = threading.Timer(_NOTICE, _report_waiting, (rank, size, f"{address}:{port}", timeout))
     notice.daemon = True
@@ -104,6 +111,14 @@ def join(
     finally:
         notice.cancel()
     return World(rank, size, local_rank, device, control, local_size, dist.PrefixStore(f"{key}/shared", store))
+
+
+def allow_files(count: int) -> None:
+    """Raises this process's limit of open files to a number, as far as the hard limit permits; it is often 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    target = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < target:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
 
 
 def _report_waiting(rank: int, size: int, where: str, timeout: float) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import platform
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from pipeline.checkpoint.writer import Checkpoints
 from pipeline.config.schema import Config
 from pipeline.config.validate import check_devices
 from pipeline.data.indexing import open_storage
-from pipeline.data.inputs import Inputs, data_identity
+from pipeline.data.inputs import Inputs
 from pipeline.data.loader.bad_samples import BadSamples
 from pipeline.data.loader.batch_stream import BatchStream, StreamOptions
 from pipeline.data.loader.encoded_batches import StepDataset
@@ -51,6 +50,7 @@ from pipeline.runtime.watchdog import Watchdog
 from pipeline.tracking import Journal
 from pipeline.training.alerts import Alerts
 from pipeline.training.compilation import compile_blocks, networks_of, why_uncompiled
+from pipeline.training.data_state import data_state
 from pipeline.training.engine import Engine, EngineOptions
 from pipeline.training.progress import Plan, Progress, ProgressLogger
 from pipeline.training.rollback import SkippedSteps
@@ -275,7 +275,7 @@ def assemble(
         stream=stream,
         checkpoints=_checkpoints(config, inputs, run, world, copies),
         evaluate=evaluate,
-        data_state=lambda: _data_state(inputs, bad_samples, world),
+        data_state=lambda: data_state(inputs, bad_samples, world),
         manifest_fields={
             **manifest_fields,
             "init": init,
@@ -358,29 +358,6 @@ def _verification(config: Config, engine: Engine, method: Method, world: World) 
     for key, message in check_devices(config, on_gpu=world.device.type == "cuda"):
         raise ConfigError(message, where=key)
     return Verification(engine, method, world, config.train.verify_every)
-
-
-def _data_state(inputs: Inputs, bad_samples: BadSamples, world: World) -> dict[str, Any]:
-    """The data state of a checkpoint: constants that must not change, and the bad samples of each rank."""
-    states: list[dict[str, Any] | None] = [None] * world.size
-    dist.all_gather_object(states, bad_samples.changes(), group=world.control)
-    reasons: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
-    seen = 0
-    for state in states:
-        if state is not None:
-            seen += state["seen"]
-            bad_samples.of_all_ranks |= state["quarantine"]
-            reasons.update(state["reasons"])
-            counts.update(state["counts"])
-    return {
-        **data_identity(inputs),
-        "samples": inputs.train.total,
-        "seen": seen,
-        "substituted": dict(reasons),
-        "counts": dict(counts),
-        "quarantine": {str(number): reason for number, reason in bad_samples.of_all_ranks.items()},
-    }
 
 
 def _restore(saved: Saved, engine: Engine, method: Method, bad_samples: BadSamples, inputs: Inputs, allow: bool) -> Progress:

@@ -161,7 +161,7 @@ def test_a_rank_with_other_shards_is_refused(shards: Path, tmp_path: Path) -> No
 
 
 def test_numbers_that_do_not_divide_are_refused_with_those_that_do(shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="3 ranks cannot share 4 streams"):
+    with pytest.raises(ConfigError, match="3 ranks cannot share a global batch of 16"):
         prepare(settings(shards, tmp_path), 3)
     with pytest.raises(ConfigError, match="16 samples are not divisible by 2 ranks times 3") as caught:
         prepare(
@@ -190,8 +190,12 @@ def test_a_run_has_the_streams_that_its_first_number_of_ranks_needs(shards: Path
     branch = settings(shards, tmp_path, *overrides, f"run.directory={tmp_path}/branch", f"checkpoint.resume={folder}")
     assert prepare(branch, 4).order.streams == 24
     (folder / "manifest.json").write_text(json.dumps({"data": {**data_identity(first), "lanes": 8}}))
-    with pytest.raises(ConfigError, match=r"3 ranks cannot share 8 streams evenly.*multiple of 3"):
-        prepare(config, 3)
+    few = prepare(config, 3)
+    assert few.order.streams == 8, "ranks may share a stream"
+    parts = [few.order.rank_batch(5, 3, rank).ids for rank in range(3)]
+    assert np.array_equal(np.concatenate(parts), few.order.batch(5).ids)
+    with pytest.raises(ConfigError, match=r"5 ranks cannot share a global batch of 24 evenly.*Use 1, 2, 3, 4, 6, 8, 12 or 24"):
+        prepare(config, 5)
     for document in ("[]", '{"data": {"lanes": "8", "global_batch": 24}}', '{"data": {"lanes": 8, "global_batch": 16}}', "{"):
         (folder / "manifest.json").write_text(document)
         assert prepare(config, 3).order.streams == 24

@@ -167,6 +167,30 @@ def test_only_what_may_end_differently_at_once_is_tried_again(
     assert restarts.attend(settings, run, 1, None, None) == ((1, 0) if starts_again else (0, 137))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("ranks", "gpus", "choice", "forks"),
+    [(1, 0, "null", False), (2, 0, "null", True), (2, 1, "null", False), (2, 1, "true", True), (2, 0, "false", False)],
+)
+def test_several_ranks_without_a_gpu_are_forks_of_one_process(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, gpus: int, choice: str, forks: bool
+) -> None:
+    settings = load(config, ["data.shards=/nowhere/x.tar", f"launch.preload={choice}"]).config
+    servers: list[object] = []
+
+    class Server:
+        def __init__(self, *_: object, **__: object) -> None:
+            servers.append(self)
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(restarts, "RankServer", Server)
+    monkeypatch.setattr(restarts, "gpus", lambda: gpus)
+    monkeypatch.setattr("launch.local.start", lambda *_, server, **__: int((server is not None) != forks))
+    assert restarts.attend(settings, RunDirectory(tmp_path / "run"), ranks, None, None) == (0, 0)  # type: ignore[arg-type]
+    assert len(servers) == int(forks)
+
+
 def test_a_signal_between_two_attempts_is_heeded(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from pathlib import Path
 
@@ -47,6 +48,26 @@ def test_ranks_meet_and_others_meet_where_they_broke_off(tmp_path: Path, monkeyp
         for rank in range(2):
             assert (tmp_path / f"{key}-{rank}").read_text() == f"{rank} 2 cpu 3"
     del store
+
+
+def _meet_as_many(rank: int, port: int, folder: str) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    distributed._MESH = 1
+    place = {"address": "127.0.0.1", "port": port, "key": "k", "backend": "gloo", "timeout": 60.0}
+    world = distributed.join(rank=rank, size=3, local_rank=rank, **place)
+    number = torch.tensor([rank + 1])
+    dist.all_reduce(number, group=world.control)
+    every: list[object] | None = [None] * 3 if rank == 0 else None
+    dist.gather_object(rank, every, group=world.control)
+    soft, lazy = resource.getrlimit(resource.RLIMIT_NOFILE)[0], os.environ["TORCH_GLOO_LAZY_INIT"]
+    Path(folder, str(rank)).write_text(f"{int(number)} {every} {soft} {lazy}")
+    distributed.leave()
+
+
+@pytest.mark.slow
+def test_many_ranks_connect_when_they_have_something_to_send_and_may_open_enough_files(tmp_path: Path) -> None:
+    mp.start_processes(_meet_as_many, args=(free_port(), str(tmp_path)), nprocs=3, start_method="spawn")
+    assert [(tmp_path / str(rank)).read_text() for rank in range(3)] == ["6 [0, 1, 2] 1036 1", *["6 None 1036 1"] * 2]
 
 
 def test_a_taken_port_a_missing_master_and_nccl_without_a_gpu_are_told() -> None:

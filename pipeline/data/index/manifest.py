@@ -29,7 +29,7 @@ from pipeline.errors import DataError
 from pipeline.untrusted import printable, read_json
 
 SIDECARS = "sidecars"
-_CACHE_BYTES = 256 << 20  # rows that are kept in memory
+CACHE_BYTES = 256 << 20  # rows that are kept in memory
 _OLD_LIMIT = 1 << 30  # maximum size of the manifest.json of an earlier version, bytes
 _MAX_UP = 2
 _VERSIONS = 8
@@ -51,7 +51,7 @@ class Rows:
 class _Cache:
     """The most recently used rows, up to a number of bytes, and the rows that selections keep."""
 
-    def __init__(self, limit: int = _CACHE_BYTES) -> None:
+    def __init__(self, limit: int = CACHE_BYTES) -> None:
         self.selected: SelectedRows | None = None
         self._limit, self._bytes = limit, 0
         self._rows: OrderedDict[int, tuple[Rows, int]] = OrderedDict()

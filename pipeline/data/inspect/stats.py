@@ -262,7 +262,7 @@ def _order(manifest: Manifest, global_batch: int) -> dict[str, Any]:
         "steps_per_epoch": order.steps_per_epoch,
         "samples_per_epoch": order.samples_per_epoch,
         "left_over": manifest.total - order.samples_per_epoch,
-        "ranks": divisors(order.streams),
+        "ranks": divisors(global_batch),
     }
 
 

@@ -20,6 +20,10 @@ class Route(Protocol):
 
     streams: int
 
+    def streams_of(self, world: int, rank: int) -> range:
+        """Returns the streams that a rank reads."""
+        ...
+
     def shards(self, first: int, last: int, streams: range) -> list[int]:
         """Returns the numbers of the shards that some streams read in steps ``[first, last)``, in order of first use."""
         ...
@@ -33,7 +37,8 @@ class Prefetcher:
         route: the order of the run.
         storage: access to the shards; its cache is filled.
         world: number of ranks.
-        rank: this rank; it fetches for its own streams, and shards shared by ranks of a node are downloaded once.
+        rank: this rank; it fetches for its own streams, and shards shared by ranks of a node are downloaded once. Ranks of one
+            stream begin with different shards of it.
         last: one past the last step of the run.
         horizon: steps to look ahead.
         share: fraction of the cache that this rank may fill.
@@ -51,9 +56,9 @@ class Prefetcher:
         horizon: int,
         share: float = 1.0,
     ) -> None:
-        each = route.streams // world
         self._manifest, self._route, self._storage = manifest, route, storage
-        self._streams = range(rank * each, (rank + 1) * each)
+        self._streams = route.streams_of(world, rank)
+        self._turn, self._turns = rank, max(world // route.streams, 1)
         self._last, self._horizon, self._share = last, max(horizon, 1), share
         self._step = 0
         self._changed = threading.Event()
@@ -124,8 +129,13 @@ class Prefetcher:
         if cache is None:
             return
         cache.need(objects)
-        for about in objects:
+        for about in self._in_turn(objects):
             if self._stop.is_set():
                 return
             if not cache.has(about) and not self._storage.fetch(about):
                 return  # no room: prefetched shards must be read first
+
+    def _in_turn(self, objects: list[ObjectStat]) -> list[ObjectStat]:
+        """Own shards first: several ranks that read the same ones, each waiting for the others, would download one at a time."""
+        own = self._turn % self._turns
+        return [*objects[own :: self._turns], *(about for n, about in enumerate(objects) if n % self._turns != own)]

@@ -1,8 +1,9 @@
 """Global sample order: a pure function of the step number.
 
 A fixed number of *streams* (setting ``data.canonical_streams``) partition each data set; every global batch takes the same number
-of samples from each stream. A rank owns consecutive streams, so the world size determines which rank reads a sample, never when
-it occurs. Nothing here has state: resuming means asking for another step.
+of samples from each stream, stream by stream. A rank takes a contiguous part of every batch, which is one or several streams, or
+part of one: the world size determines which rank reads a sample, never when it occurs. Nothing here has state: resuming means
+asking for another step.
 
 Several data sets are interleaved in fixed proportions (:mod:`pipeline.data.order.interleave`). Each has its own epochs: the epoch
 of a sample counts the passes over *its* data set, and in one pass each sample occurs once (except for a remainder smaller than
@@ -73,8 +74,7 @@ class Order:
         counts: accepted samples of each shard, over all data sets.
         seed: seed of the order.
         global_batch: samples per step, over all ranks.
-        streams: number of streams; must divide the global batch, and be a multiple of the world size. None: the greatest common
-            divisor of the global batch and 256.
+        streams: number of streams; must divide the global batch. None: the greatest common divisor of the global batch and 256.
         block_size: samples of one data set that are shuffled together inside a stream.
         sources: the data sets, in the order of their shards, without gaps; either all have a weight or none has. Empty: the
             shards are a single data set.
@@ -175,16 +175,25 @@ class Order:
         return self.first_step(self.epoch_of(step) + 1)
 
     def check_world(self, world: int) -> None:
-        """Rejects a world size that does not divide the number of streams.
+        """Rejects a world size that does not divide the global batch.
 
         Raises:
             ConfigError: the message lists the valid ones.
         """
-        rank_slice(self.streams, world, 0)
+        rank_slice(self.global_batch, world, 0)
+
+    def streams_of(self, world: int, rank: int) -> range:
+        """Returns the streams that a rank reads; ranks may share one.
+
+        Raises:
+            ConfigError: an invalid world size, or no such rank.
+        """
+        rows = rank_slice(self.global_batch, world, rank)
+        return range(rows.start // self._each, -(-rows.stop // self._each))
 
     def batch(self, step: int) -> GlobalBatch:
         """Returns the global batch of a step, stream by stream: ``[global_batch]``."""
-        return self._batch(step, range(self.streams))
+        return self._batch(step, range(self.global_batch))
 
     def rank_batch(self, step: int, world: int, rank: int) -> GlobalBatch:
         """Returns one rank's contiguous part of :meth:`batch`: ``[global_batch / world]``.
@@ -192,7 +201,7 @@ class Order:
         Raises:
             ConfigError: an invalid world size, or no such rank.
         """
-        return self._batch(step, rank_slice(self.streams, world, rank))
+        return self._batch(step, rank_slice(self.global_batch, world, rank))
 
     def steps_of(self, number: int, first: int, last: int) -> list[int]:
         """Returns the steps in ``[first, last)`` that contain a sample, without drawing any of them.
@@ -235,26 +244,33 @@ class Order:
 
         return _first_uses(heapq.merge(*(uses(which) for which in range(len(self.sources))))) if first < last else []
 
-    def _batch(self, step: int, streams: range) -> GlobalBatch:
+    def _batch(self, step: int, rows: range) -> GlobalBatch:
+        """Returns some consecutive samples of the global batch of a step."""
         if step < 0:
             raise ConfigError(f"step {step} is negative", where="step", hint="Use 0 for the first step")
-        start = step * self._each
+        start, each = step * self._each, self._each
+        streams = range(rows.start // each, -(-rows.stop // each))
         if len(self.datasets) == 1:
-            count = len(streams)
-            return GlobalBatch(*self.datasets[0].samples(streams, [start] * count, [self._each] * count))
-        labels, positions = self._interleaver.slots(streams, start, self._each)
+            firsts = [max(rows.start - stream * each, 0) for stream in streams]
+            lasts = [min(rows.stop - stream * each, each) for stream in streams]
+            counts = [last - first for first, last in zip(firsts, lasts, strict=True)]
+            return GlobalBatch(*self.datasets[0].samples(streams, [start + first for first in firsts], counts))
+        own = slice(rows.start - streams.start * each, rows.stop - streams.start * each)
+        labels, positions = self._interleaver.slots(streams, start, each)
+        included = np.zeros(labels.size, dtype=bool)
+        included[own] = True
         ids, epochs = np.empty(labels.shape, dtype=np.uint64), np.empty(labels.shape, dtype=np.int64)
         for which, dataset in enumerate(self.datasets):
-            mask = labels == which
-            counts = mask.sum(axis=1)
-            rows = np.flatnonzero(counts)
-            if not len(rows):
+            mask = (labels == which) & included.reshape(labels.shape)
+            counts_of = mask.sum(axis=1)
+            mixed = np.flatnonzero(counts_of)
+            if not len(mixed):
                 continue
-            starts = positions[rows, mask[rows].argmax(axis=1)]  # the positions of a data set in a stream are consecutive
-            own, own_epochs = dataset.samples([streams[row] for row in rows], starts.tolist(), counts[rows].tolist())
-            ids[mask] = own + (np.uint64(self.sources[which].first) << np.uint64(32))
-            epochs[mask] = own_epochs
-        return GlobalBatch(ids.reshape(-1), epochs.reshape(-1))
+            starts = positions[mixed, mask[mixed].argmax(axis=1)]  # the positions of a data set in a stream are consecutive
+            numbers, passes = dataset.samples([streams[row] for row in mixed], starts.tolist(), counts_of[mixed].tolist())
+            ids[mask] = numbers + (np.uint64(self.sources[which].first) << np.uint64(32))
+            epochs[mask] = passes
+        return GlobalBatch(ids.reshape(-1)[own], epochs.reshape(-1)[own])
 
 
 def num_streams(global_batch: int, streams: int | None, block_size: int) -> int:
@@ -292,22 +308,21 @@ def streams_for(global_batch: int, world: int) -> int | None:
     return math.lcm(default, world)
 
 
-def rank_slice(streams: int, world: int, rank: int) -> range:
-    """Returns the streams of a rank.
+def rank_slice(global_batch: int, world: int, rank: int) -> range:
+    """Returns the samples of a global batch that a rank takes, by their positions in it.
 
     Raises:
         ConfigError: an invalid world size, or no such rank.
     """
-    if world < 1 or streams % world:
+    if world < 1 or global_batch % world:
         raise ConfigError(
-            f"{world} ranks cannot share {streams} streams evenly",
-            where="data.canonical_streams",
-            hint=f"Use {_listed(divisors(streams))} ranks; a new run may set data.canonical_streams to a multiple of "
-            f"{max(world, 1)} that divides its global batch",
+            f"{world} ranks cannot share a global batch of {global_batch} evenly",
+            where="train.global_batch_size",
+            hint=f"Use {_listed(divisors(global_batch))} ranks, or another global batch",
         )
     if not 0 <= rank < world:
         raise ConfigError(f"rank {rank} does not exist among {world}", where="rank", hint=f"Use a rank from 0 to {world - 1}")
-    share = streams // world
+    share = global_batch // world
     return range(rank * share, (rank + 1) * share)
 
 

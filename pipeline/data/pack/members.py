@@ -14,7 +14,7 @@ from pipeline.data.pack.keys import safe_extension, safe_key, unique_keys
 from pipeline.data.pack.layouts import is_bookkeeping
 from pipeline.data.pack.listing import Listing, litter_reason
 from pipeline.data.pack.samples import IMAGES, MAX_FILE, Raw, SkippedSample, read_file
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 
 _COPIES = 64  # copies of one key that a further member may still belong to
 
@@ -173,6 +173,8 @@ def tars_of(
     max_file: int = MAX_FILE,
     images: tuple[str, ...] = IMAGES,
     stacked: bool = False,
+    *,
+    part: tuple[int, int] | None = None,
 ) -> Members:
     """Returns the samples of shards.
 
@@ -183,8 +185,10 @@ def tars_of(
         listing: their directory, if one was given: its other files are left out.
         max_file: maximum size of a member, bytes.
         images, stacked: see :class:`Members`.
+        part: number, from 1, and count of parts: only every ``count``-th shard is read; other files belong to the first part.
 
     Raises:
+        ConfigError: the part has no shard.
         DataError: a shard cannot be read or is damaged.
     """
     groups = _Groups(images, stacked)
@@ -193,6 +197,12 @@ def tars_of(
     remarks: list[str] = []
     if listing is not None:
         urls, left_out = _shards_of(listing, urls)
+    if part is not None:
+        number, count = part
+        if number > len(urls):
+            hint = "Use fewer parts"
+            raise ConfigError(f"part {number} of {count} is empty: there are {len(urls)} shards", where="--part", hint=hint)
+        urls, left_out = urls[number - 1 :: count], left_out if number == 1 else []
     for about in store.stats(urls):
         if isinstance(about, DataError):
             raise about

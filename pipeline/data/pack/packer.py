@@ -1,14 +1,14 @@
 """Packs samples into shards, deterministically in the seed; resumes after an interruption.
 
-After each complete shard, ``<prefix>.pack.json`` records the progress with source, seed and sizes. The same command keeps the
-finished shards, continues with the next, and produces the same bytes as an uninterrupted run.
+After each complete shard, its entry is recorded beside ``<prefix>.pack.json``, which has source, seed and sizes. The same command
+keeps the finished shards, continues with the next, and produces the same bytes as an uninterrupted run.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -210,14 +210,14 @@ def _pack(
         samples = writer.samples - sum(piece.samples for piece in pieces)
         pieces.append(Piece(path.name, path.stat().st_size, samples, rewritten, seen, journal.tell()))
         rewritten = 0
-        state.save(pieces)
+        state.add(pieces)
         if progress is not None:
             progress(seen, len(source), f"{path.name}: {samples} samples, {pieces[-1].bytes / 1e6:.1f} MB")
         if delivery is not None:
             delivery.offer(path)
 
     total = len(source)
-    order = list(range(total)) if packing.seed is None else permutation(total, packing.seed, _SHUFFLE).tolist()
+    order = range(total) if packing.seed is None else permutation(total, packing.seed, _SHUFFLE)
     writer = ShardWriter(
         out,
         packing.prefix,
@@ -302,11 +302,11 @@ def _nothing_packed(path: Path, source: Source, skipped: Sequence[tuple[str, str
 
 
 def _ahead(
-    pool: ThreadPoolExecutor, source: Source, packing: Packing, positions: Sequence[int], most: int
+    pool: ThreadPoolExecutor, source: Source, packing: Packing, positions: Iterable[int], most: int
 ) -> Iterator[tuple[int, _Prepared]]:
     """Yields each position with the result of :func:`_prepare`; the next few are computed in advance."""
     flying: deque[tuple[int, Future[_Prepared]]] = deque()
-    for position in positions:
+    for position in map(int, positions):
         flying.append((position, pool.submit(_prepare, source, packing, position)))
         if len(flying) >= most:
             first, job = flying.popleft()

@@ -1,10 +1,15 @@
-"""Progress of a packing in ``<prefix>.pack.json``, from which the same command resumes."""
+"""Progress of a packing in ``<prefix>.pack.json``, from which the same command resumes.
+
+Shards that are finished while a command runs are appended to a file beside it, and written into it at the next start and at the
+end, so that a packing of many shards writes a line for each.
+"""
 
 from __future__ import annotations
 
 import glob
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,7 +64,7 @@ class PackState:
         self, out: Path, prefix: str, settings: dict[str, Any], source: Source, delivery: Delivery | None = None
     ) -> None:
         self._out, self._prefix, self._classes, self._delivery = out, prefix, source.classes, delivery
-        self._path = out / f"{prefix}.pack.json"
+        self._path, self._added = out / f"{prefix}.pack.json", out / f".{prefix}.pack.tmp"
         self.account: Account | None = None
         named = "\0".join((source.digest, *source.classes)).encode("utf-8", "surrogateescape")
         self._settings: dict[str, Any] = {**settings, "source": hashlib.blake2b(named, digest_size=16).hexdigest()}
@@ -89,7 +94,7 @@ class PackState:
         pieces: list[Piece] = []
         complete = False
         if not overwrite and document is not None:
-            for piece in (Piece(**entry) for entry in document["shards"]):
+            for piece in (Piece(**entry) for entry in (*document["shards"], *self._added_pieces(document))):
                 path = self._out / piece.name
                 near = path.is_file() and path.stat().st_size == piece.bytes
                 if not near and not (self._delivery is not None and self._delivery.has(piece.name, piece.bytes)):
@@ -115,6 +120,31 @@ class PackState:
             "account": None if account is None else asdict(account),
         }
         storage.write_atomically(self._path, (json.dumps(document, indent=1) + "\n").encode())
+        self._added.unlink(missing_ok=True)  # after a kill before this line it holds what the document has too
+
+    def add(self, pieces: Sequence[Piece]) -> None:
+        """Records the last of these shards as finished."""
+        line = json.dumps({"at": len(pieces) - 1, **asdict(pieces[-1])}) + "\n"
+        with self._added.open("a") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _added_pieces(self, document: dict[str, Any]) -> list[dict[str, Any]]:
+        """Entries of shards that follow those of the document; a line that was not written completely ends them."""
+        entries: list[dict[str, Any]] = []
+        if document["complete"] or not self._added.is_file():
+            return entries
+        for line in self._added.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                entry = json.loads(line)
+                at = entry.pop("at")
+                Piece(**entry)
+            except (ValueError, TypeError, KeyError, AttributeError):
+                break
+            if at == len(document["shards"]) + len(entries):
+                entries.append(entry)
+        return entries
 
     def _read(self) -> dict[str, Any] | None:
         try:

@@ -23,6 +23,7 @@ from pipeline.data.pack import tables
 from pipeline.data.pack.layouts import LAYOUTS, Layout, recognize
 from pipeline.data.pack.listing import BROKEN, LINK, File, Listing, list_files, litter_reason, lost_by_links
 from pipeline.data.pack.members import Members, digest_of, files_of, tars_of
+from pipeline.data.pack.parts import SourcePart
 from pipeline.data.pack.samples import (
     IMAGES,
     MAX_FILE,
@@ -70,6 +71,8 @@ class Options:
         classes: class names whose positions are the class indices; empty: those of the source, sorted.
         max_file: maximum size of a file or member, bytes.
         channels: what images of other than 8-bit RGB must have.
+        part: number, from 1, and count of parts: of shards every ``count``-th is listed, of other sources every sample, of which
+            every ``count``-th is packed.
     """
 
     use_damaged: bool = False
@@ -79,6 +82,7 @@ class Options:
     classes: tuple[str, ...] = ()
     max_file: int = MAX_FILE
     channels: Channels | None = None
+    part: tuple[int, int] | None = None
 
     @property
     def images(self) -> tuple[str, ...]:
@@ -114,8 +118,18 @@ def open_source(
         DataError: the source has none of these layouts, more than one of them, is empty, or is incomplete.
         ConfigError: an option does not fit the layout.
     """
-    path, store, options = Path(source), store or storage.Storage(), options or Options(use_damaged=use_damaged)
-    where = str(source)
+    options = options or Options(use_damaged=use_damaged)
+    listed = _opened(source, layout, options.use_damaged or use_damaged, store or storage.Storage(), options)
+    if options.part is None or (isinstance(listed, Members) and listed.unit == "members"):  # its shards are those of the part
+        return listed
+    return SourcePart(listed, *options.part)
+
+
+def _opened(
+    source: str | Path, layout: Layout, use_damaged: bool, store: storage.Storage, options: Options
+) -> ImageSource | Members:
+    """All samples of a source, or those of a part of its shards."""
+    path, where = Path(source), str(source)
     listing: Listing | None = None
     if path.is_dir() and layout != "table" and not storage.is_remote(where):
         listing = list_files(path, follow_links=bool(options.follow_links))
@@ -137,8 +151,7 @@ def open_source(
         urls = storage.expand(where, store)
         if layout == "auto":
             _check_downloads(path)
-        damaged = options.use_damaged or use_damaged
-        return tars_of(store, urls, damaged, listing, options.max_file, options.images, options.stacked)
+        return tars_of(store, urls, use_damaged, listing, options.max_file, options.images, options.stacked, part=options.part)
     if listing is None:
         raise DataError("must be a folder" if path.exists() else "does not exist", where=where, hint="Give another --layout")
     if chosen == "files":

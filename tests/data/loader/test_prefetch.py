@@ -85,6 +85,18 @@ def test_the_shards_of_the_next_steps_are_there_before_they_are_read_and_no_othe
     assert not list(cache.folder.glob(".needs-*")), "a stream that has ended still needs shards"
 
 
+def test_ranks_of_one_stream_begin_with_different_shards_of_it(manifest: Manifest, open_storage: Callable[..., Storage]) -> None:
+    order, begun = Order(manifest.sizes, 3, 8, streams=1, block_size=80), []
+    for rank in range(4):
+        prefetcher = Prefetcher(manifest, order, open_storage(), world=4, rank=rank, last=None, horizon=4)
+        needed = prefetcher.needed(0)
+        assert len(needed) >= 4
+        turns = prefetcher._in_turn(needed)
+        assert sorted(about.url for about in turns) == sorted(about.url for about in needed)
+        begun.append(turns[0].url)
+    assert len(set(begun)) == 4
+
+
 def test_it_stays_within_the_cache_and_drops_what_was_read(manifest: Manifest, open_storage: Callable[..., Storage]) -> None:
     biggest = max(shard.size for shard in manifest.shards)
     store = open_storage(cache_gb=3.5 * biggest / 1e9, free_gb=0)

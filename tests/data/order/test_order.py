@@ -48,7 +48,7 @@ def test_every_epoch_takes_each_sample_once_but_for_a_remainder_below_the_stream
 @given(order=orders(), step=st.integers(0, 1000))
 def test_the_ranks_parts_make_the_same_global_batch_whatever_the_world(order: Order, step: int) -> None:
     whole = order.batch(step)
-    for world in divisors(order.streams):
+    for world in divisors(order.global_batch):
         parts = [order.rank_batch(step, world, rank) for rank in range(world)]
         assert np.array_equal(np.concatenate([part.ids for part in parts]), whole.ids)
         assert np.array_equal(np.concatenate([part.epochs for part in parts]), whole.epochs)
@@ -61,6 +61,16 @@ def test_seeking_gives_what_the_stream_gives(order: Order, steps: list[int]) -> 
     other = pickle.loads(pickle.dumps(order))
     for step in steps:
         assert np.array_equal(other.batch(step).ids, stream[step])
+
+
+def test_fewer_streams_than_ranks_keep_fewer_shards_in_use() -> None:
+    """A set of shards of 10 000 on one node of 8 ranks: at most two shards a rank before the first step."""
+    few, usual = (Order([10_000] * 5_000, 0, 4096, streams) for streams in (8, None))
+    assert len(few.shards(0, 1)) <= 2 * 8 < len(usual.shards(0, 1)) / 16
+    assert few.streams_of(64, 8) == range(1, 2) and few.streams_of(4, 1) == range(2, 4)
+    first = few.steps_per_epoch // 3
+    shards = len(few.shards(first, first + 1000))
+    assert shards * 10_000 / (1000 * 4096) <= 1.3, "bytes downloaded for each byte used"
 
 
 def test_seeds_and_epochs_have_orders_of_their_own() -> None:
@@ -96,8 +106,8 @@ def test_streams_default_to_the_common_divisor_with_256() -> None:
 def test_illegal_sizes_are_refused_with_the_legal_ones() -> None:
     with pytest.raises(ConfigError, match="1, 2, 3, 4, 6 or 12"):
         Order([100], 0, 12, streams=5)
-    with pytest.raises(ConfigError, match="Use 1, 2 or 4 ranks"):
-        Order([100], 0, 12).check_world(3)
+    with pytest.raises(ConfigError, match="Use 1, 2, 3, 4, 6 or 12 ranks"):
+        Order([100], 0, 12).check_world(5)
     with pytest.raises(ConfigError, match="rank 2 does not exist"):
         Order([100], 0, 12).rank_batch(0, 2, 2)
     with pytest.raises(ConfigError, match="must be positive"):

@@ -97,7 +97,7 @@ def test_any_world_and_any_seek_give_the_same_batches(drawn: tuple[Order, Weight
     stream = [order.batch(step) for step in range(max(steps) + 1)]
     other = pickle.loads(pickle.dumps(order))
     for step in steps:
-        for world in divisors(order.streams):
+        for world in divisors(order.global_batch):
             parts = [other.rank_batch(step, world, rank) for rank in range(world)]
             assert np.array_equal(np.concatenate([part.ids for part in parts]), stream[step].ids)
             assert np.array_equal(np.concatenate([part.epochs for part in parts]), stream[step].epochs)

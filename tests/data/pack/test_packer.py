@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipeline.data.index import tar
 from pipeline.data.index.build import build
 from pipeline.data.loader.reader import Reader
 from pipeline.data.pack.packer import Packing, PackReport, pack
 from pipeline.data.pack.sources import ImageSource, Options, open_source
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from tests.helpers.limits import deadline
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -192,13 +194,16 @@ def test_killed_in_the_middle_the_same_command_ends_with_the_same_bytes(tmp_path
 
     whole = start("whole")
     killed = start("killed", 90)  # at which it stands still, some shards in
-    state = tmp_path / "killed" / "train.pack.json"
+    state, added = tmp_path / "killed" / "train.pack.json", tmp_path / "killed" / ".train.pack.tmp"
     end = deadline()
-    while not state.exists() or len(json.loads(state.read_bytes())["shards"]) < 3 or not list(state.parent.glob(".train-*.tmp")):
+    while not added.exists() or added.read_bytes().count(b"\n") < 3 or not list(state.parent.glob(".train-*.tmp")):
         assert time.monotonic() < end and killed.poll() is None
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL and whole.wait() == 0
+    assert json.loads(state.read_bytes())["shards"] == [], "all shards are written down again after each"
+    with added.open("a") as file:
+        file.write('{"at": 3, "name": "train-0')  # a line that the kill cut off
     done = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("train-*.tar")}
     assert 3 <= len(done) < 14
     assert start("killed").wait() == 0
@@ -290,3 +295,61 @@ def test_a_state_that_was_half_written_is_removed(folder: Path, tmp_path: Path) 
         path.write_text("{")
     packed(folder, tmp_path / "out")
     assert not torn.exists() and other.exists()
+
+
+# ---- parts ------------------------------------------------------------------------------------------------------------------
+
+
+def of_parts(source: Path | str, out: Path, count: int) -> list[PackReport]:
+    return [
+        pack(open_source(source, options=Options(part=(number, count))), out, Packing(prefix=f"train_{number}of{count}"))
+        for number in range(1, count + 1)
+    ]
+
+
+def samples_of(folder: Path, pattern: str = "*.tar") -> dict[bytes, tuple[str, int]]:
+    """Key and label of each image."""
+    manifest = build([str(path) for path in sorted(folder.glob(pattern))], folder.with_name(f"{folder.name}-index"))
+    return {record.image: (record.key, record.label) for record in Reader(manifest).fetch(manifest.ids()) if record.image}
+
+
+def test_parts_of_a_folder_are_the_whole_and_their_accounts_add_up(folder: Path, tmp_path: Path) -> None:
+    (folder / "cat" / "0.v1.txt").write_text("a caption")
+    whole, parts = packed(folder, tmp_path / "whole"), of_parts(folder, tmp_path / "parts", 4)
+    expected, found = samples_of(tmp_path / "whole"), samples_of(tmp_path / "parts")
+    assert {image: label for image, (_, label) in found.items()} == {image: label for image, (_, label) in expected.items()}
+    assert len({key for key, _ in found.values()}) == len(found) == whole.packed == 12, "keys of two parts are the same"
+    assert sum((Counter(part.account.left_out) for part in parts), Counter()) == Counter(whole.account.left_out)
+    for name in ("seen", "packed", "companions"):
+        assert sum(getattr(part.account, name) for part in parts) == getattr(whole.account, name)
+    assert {part.classes for part in parts} == {whole.classes}
+    before = contents(tmp_path / "parts")
+    assert [part.kept for part in of_parts(folder, tmp_path / "parts", 4)] == [1] * 4
+    assert contents(tmp_path / "parts") == before
+    with pytest.raises(ConfigError, match="part 40 of 40 is empty"):
+        open_source(folder, options=Options(part=(40, 40)))
+
+
+def test_a_part_of_shards_reads_its_own_shards_alone(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed(folder, tmp_path / "old", samples_per_shard=3)
+    (tmp_path / "old" / "readme.md").write_text("x")
+    opened: list[str] = []
+    walk = tar.runs
+    monkeypatch.setattr(tar, "runs", lambda source, *rest, **more: opened.append(source.url) or walk(source, *rest, **more))
+    listed = open_source(tmp_path / "old", options=Options(part=(2, 2)))
+    assert [Path(url).name for url in opened] == ["train-00001.tar", "train-00003.tar"] and len(listed) == 6
+    assert not listed.left_out
+    assert {name for name, _ in open_source(tmp_path / "old", options=Options(part=(1, 2))).left_out} >= {"readme.md"}
+    of_parts(tmp_path / "old", tmp_path / "new", 2)
+    assert samples_of(tmp_path / "new").keys() == samples_of(tmp_path / "old").keys()
+    with pytest.raises(ConfigError, match="part 5 of 5 is empty: there are 4 shards"):
+        open_source(tmp_path / "old", options=Options(part=(5, 5)))
+
+
+def test_parts_of_a_table_share_its_rows(folder: Path, tmp_path: Path) -> None:
+    names = [f"{name}/{n}.v1.JPG" for name in ("zebra", "cat", "dog dog") for n in range(4)]
+    rows = [f"{name},{name.partition('/')[0]}" for name in (*names, "cat/none.jpg")]
+    (folder / "list.csv").write_text("\n".join(["path,label", *rows]))
+    parts = of_parts(folder / "list.csv", tmp_path / "parts", 3)
+    assert sum(part.packed for part in parts) == 12 and sum(part.account.seen for part in parts) == 13
+    assert {label for _, label in samples_of(tmp_path / "parts").values()} == {0, 1, 2}

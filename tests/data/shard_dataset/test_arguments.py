@@ -26,7 +26,7 @@ def test_ranks_come_from_arguments_then_from_the_environment(opened: Opener, mon
     assert next(iter(dataset))["__position__"] == 6
     assert next(iter(opened(rank=1, world_size=2)))["__position__"] == 4
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ConfigError, match="3 ranks cannot share 8 streams evenly"):
+    with pytest.raises(ConfigError, match="3 ranks cannot share a global batch of 8 evenly"):
         next(iter(dataset))
     with pytest.raises(ConfigError, match="one of rank and world_size"):
         opened(rank=1)

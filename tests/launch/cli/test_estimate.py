@@ -10,11 +10,16 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from launch.cli.estimate import advice, measure, needed, run
+from launch.cli.estimate_data import DataCost, data, lines
 from launch.cli.estimate_interval import checkpoint_bytes
 from launch.cli.main import app
 from pipeline.config.load import load
 from pipeline.config.schema import Config
+from pipeline.data.indexing import indexed
+from pipeline.data.order.order import Order
+from pipeline.data.pack import synthetic
 from pipeline.errors import ConfigError
+from pipeline.estimate.data import IndexCost, Part, Reading
 from pipeline.methods.registry import build_method
 from pipeline.training.optimizers import AdamW, Lamb, Lars, Sgd
 from tests.helpers.runs import TOY
@@ -132,3 +137,37 @@ def test_the_command_builds_the_method_once(tmp_path: Path, monkeypatch: pytest.
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0 and "loses least" in done.output, done.output
     assert len(calls) == 1
+
+
+def test_what_the_data_cost_is_told_if_shards_are_indexed_or_may_be(tmp_path: Path) -> None:
+    synthetic.write(tmp_path / "data", train=400, val=10, size=16, seed=1, samples_per_shard=20)
+    config = loaded(tmp_path, TOY, f"data.shards={tmp_path}/data/*train-*.tar", f"data.index={tmp_path}/index")
+
+    def told(shards: int = 0, samples: int | None = None) -> str:
+        out = StringIO()
+        data(config, ranks=2, nodes=1, shards=shards, samples=samples, console=Console(file=out, width=400))
+        return out.getvalue()
+
+    assert "--index-shards 3" in told()
+    few = told(shards=2)
+    assert "400 samples in 20 shards" in few and "of CPU" in few and "for its first step" in few
+    assert not (tmp_path / "index").exists()
+    assert "390 samples in 20 shards" in told(samples=390) and "--index-shards 3" in told(samples=390)
+    manifest = indexed(config, config.data.patterns)
+    known = told()
+    assert f"{manifest.total} samples in 20 shards" in known and "there already" in known
+    order = Order(manifest.sizes, 0, config.train.global_batch_size, config.data.canonical_streams, 64)
+    first = int(known.partition("a node needs ")[2].partition(" ")[0])
+    assert first == pytest.approx(len(order.shards(0, 1)), rel=0.2)
+    nowhere = loaded(tmp_path, TOY, "data.shards=/x/a.tar")
+    out = StringIO()
+    assert data(nowhere, ranks=2, nodes=1, shards=1, samples=None, console=Console(file=out, width=400)) is None
+    assert "Data are not estimated" in out.getvalue()
+
+
+def test_fewer_streams_are_proposed_where_they_download_less(tmp_path: Path) -> None:
+    set_ = Part(5 * 10**9, 500_000, 4 * 10**14)
+    text = "\n".join(lines(DataCost(Reading((set_,), 4096, 256, 16384), IndexCost(set_.size, 4e6, 4e7, 80.0), False, 8)))
+    assert "data.canonical_streams=4 needs 11 shards" in text and "of CPU" in text
+    few = "\n".join(lines(DataCost(Reading((set_,), 4096, 4, 16384), IndexCost(set_.size, None, 4e7, 80.0), True, 8)))
+    assert "canonical_streams" not in few
