@@ -33,6 +33,7 @@ def test_all_benchmarks_run_at_minimal_size_and_each_keeps_its_page(tmp_path: Pa
         "curation",
         "failures",
         "kills",
+        "large_job",
         "loaders",
         "methods",
         "collapse_ablation",
