@@ -64,7 +64,7 @@ def test_a_node_at_fault_is_notified_and_avoided_and_so_is_a_hang_within_a_job(
     slurm: Cluster, start: Start, tmp_path: Path
 ) -> None:
     acts = {"0": [3, "broken"], "1": [5, "freeze"]}
-    run, job = start(acts, "launch.restarts=1", hang_timeout=3, notify=writing(tmp_path / "mail"))
+    run, job = start(acts, "launch.restarts=1", hang_timeout=20, notify=writing(tmp_path / "mail"))
     assert verdict(run)["state"] == "finished" and causes(run) == ["node", "hang", "finished"]
     first, second, third = record.endings(run)
     assert first["job"] == job != second["job"] == third["job"], "the second restart is within the job"
