@@ -186,8 +186,10 @@ def table(config: Config) -> dict[str, Rule]:
         rules |= {r"decoder\.(embed|pixels)\.bias$": torch_bias(768 if m.timm_name else m.embed_dim or 0)}
     if method.name in ("dinov2", "detailclip", "dino", "distill"):
         rules = prototypes(config) | rules
-    if method.name in ("simclr", "byol", "mocov2", "mocov3", "dino"):
+    if method.name in ("simclr", "byol", "mocov2", "mocov3", "dino", "lejepa"):
         rules = mlps(config) | rules
+    if method.name == "lejepa":
+        rules = {r"projector\.6\.bias$": torch_bias(getattr(method, "head_hidden"))} | rules  # noqa: B009
     if method.name in ("coca", "simvlm") or getattr(method, "image_pool", "") == "attention":  # no code of the authors
         rules |= {r"^(text_tower\.(decoder|vocabulary)|language|pooler|pool)\.": lambda shape: Drawn(math.nan, math.nan)}
     return rules
