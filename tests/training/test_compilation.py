@@ -103,6 +103,8 @@ def test_the_losses_of_a_step_trace_without_a_break(name: str) -> None:
     reasons = Counter(reason.reason.splitlines()[0] for reason in explained.break_reasons)
     if name == "simvlm":  # counts the tokens to predict on the host, so that the device need not be asked
         reasons = Counter({reason: n for reason, n in reasons.items() if "item()" not in reason})
+    if name == "lejepa":  # draws its directions by a generator of its own, equal on all ranks, before the loss
+        reasons = Counter({reason: n for reason, n in reasons.items() if "opaque object" not in reason})
     assert not reasons
 
 
