@@ -83,9 +83,9 @@ def test_at_most_so_many_members_run_and_a_killed_command_continues(
 
     monkeypatch.setattr(submission, "submit", killed_in_the_third)
     with pytest.raises(KeyboardInterrupt):
-        sweeping("run.seed=range(4)", steps=24, seconds=0.25, max_jobs=2)
+        sweeping("run.seed=range(4)", steps=40, seconds=0.5, max_jobs=2)
     monkeypatch.setattr(submission, "submit", real)
-    assert sweeping("run.seed=range(4)", steps=24, seconds=0.25, max_jobs=2) == 0
+    assert sweeping("run.seed=range(4)", steps=40, seconds=0.5, max_jobs=2) == 0
     out = capfd.readouterr().out
     assert "2 members submitted, 2 in the queue already, 0 done" in out
     sweep, most, requeued = find(str(tmp_path / "s")), 0, False
@@ -105,7 +105,7 @@ def test_at_most_so_many_members_run_and_a_killed_command_continues(
     assert requeued and most == 2
     assert [record.final_state(sweep.run(n))["state"] for n in sweep.numbers] == ["finished"] * 4
     assert len(record.endings(sweep.run(0))) == 2, "it came back after the next of its chain"
-    assert sweeping("run.seed=range(4)", steps=24, seconds=0.25, max_jobs=2, wait=True) == 0
+    assert sweeping("run.seed=range(4)", steps=40, seconds=0.5, max_jobs=2, wait=True) == 0
     assert "0 members submitted, 0 in the queue already, 4 done" in capfd.readouterr().out
 
 
