@@ -29,6 +29,7 @@ from tests.helpers.runs import ROOT
 
 LIBRARY = {
     "BalanceMode": get_args(get_type_hints(BalanceOptions)["mode"]),
+    "CoarseLevels": get_args(get_type_hints(BalanceOptions)["coarse"]),
     "ExportFormat": FORMATS,
     "ImageFormat": FORMS,
     "Labels": LABEL_MODES,
@@ -54,6 +55,7 @@ OPTIONS = [
     (["shards", "pack", "in", "out"], "--labels", "Labels"),
     (["shards", "index", "in"], "--on-truncated-shard", "OnTruncated"),
     (["shards", "balance", "in", "--out", "out", "--target", "1"], "--mode", "BalanceMode"),
+    (["shards", "balance", "in", "--out", "out", "--target", "1"], "--coarse", "CoarseLevels"),
     (["shards", "retrieve", "in", "--out", "out", "--like", "x"], "--mode", "RetrieveMode"),
     (["embed", "run", "in", "--out", "out"], "--pooling", "Pooling"),
     (["embed", "run", "in", "--out", "out"], "--dtype", "StoredType"),
