@@ -59,7 +59,7 @@ def _this_node(environment: Mapping[str, str]) -> str:
 def folder(run: Path, node: str = "") -> Iterator[Path]:
     """An empty folder, readable by this user only, that is removed in the end.
 
-    It is locked as long as this process lives, so that those of processes that were killed can be told apart: they are removed
+    It is locked as long as this process lives: folders without a lock are of processes that were killed, and they are removed
     here, whichever run they belong to.
 
     Raises:

@@ -20,9 +20,9 @@ from pathlib import Path
 run, plan = Path(sys.argv[1]), json.loads(sys.argv[2])
 rank, attempt = int(os.environ["SLURM_PROCID"]), int(os.environ["FOVEA_ATTEMPT"])
 logs = run / "logs" / f"attempt-{attempt:04d}"
-told: list[int] = []
+signalled: list[int] = []
 for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-    signal.signal(number, lambda n, _: told.append(n))
+    signal.signal(number, lambda n, _: signalled.append(n))
 
 
 def put(path: Path, value: object) -> None:
@@ -85,7 +85,7 @@ while step < plan["steps"]:
             fail("ValueError", f"broken at {step}") if rank == 1 else time.sleep(30)
         if act == "kill" and rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        while act == "kill" and not told:  # until Slurm ends it, however busy the machine is
+        while act == "kill" and not signalled:  # until Slurm ends it, however busy the machine is
             time.sleep(0.02)
         if act == "broken":
             fail("MachineError", "uncorrectable ECC error") if rank == 1 else time.sleep(30)
@@ -110,9 +110,9 @@ while step < plan["steps"]:
         stop = "USER_REQUEST"
     elif (run / "control" / f"stop-{attempt}").exists():
         stop = "PREEMPTED"
-    elif told and (logs / "failure.json").exists():
+    elif signalled and (logs / "failure.json").exists():
         os._exit(1)  # another rank has failed, and Slurm ends the rest
-    elif told:
+    elif signalled:
         stop = "SIGTERM"
     if pause == f"{step} steps":
         stop = "USER_REQUEST"
