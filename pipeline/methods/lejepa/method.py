@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,12 +18,11 @@ from typing_extensions import override
 from pipeline import losses
 from pipeline.config.schema import Config
 from pipeline.data.augment.views import Batch
-from pipeline.methods.base import Step, seed
+from pipeline.methods.base import Step
 from pipeline.methods.lejepa.settings import LejepaSettings
-from pipeline.methods.shared.contrastive import Replay
+from pipeline.methods.shared.gradient_cache import Replay, replays
 from pipeline.methods.shared.two_views import TwoViews
 from pipeline.models.mlps import mlp
-from pipeline.models.norms import batch_statistics
 from pipeline.models.resnet import Tower, build_trunk
 
 _DIRECTIONS = 0x516  # identifies the random draw
@@ -50,20 +50,20 @@ class LeJEPA(TwoViews):
         self.couples_batch = self.sees_batches() or not s.grad_cache
         self._replays: deque[Replay] = deque()
 
-    def features(self, batch: Batch) -> Tensor:
-        """Projections ``[views, b, out]`` of all views, the global ones first, fp32."""
+    def features(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Projections ``[b, out]`` of each view, the global ones first, fp32."""
         large, small = batch.views["global"], batch.views.get("local", [])
         tokens = [self.backbone(torch.cat(large), patches="none").cls]
         if small:
             tokens.append(self.backbone(torch.cat(small), local=True, patches="none").cls)
         projected: Tensor = self.projector(torch.cat(tokens)).float()
-        return projected.unflatten(0, (len(large) + len(small), -1))
+        return projected.chunk(len(large) + len(small))
 
-    def sigreg(self, features: Tensor, step: Step) -> Tensor:
-        """The weighted SIGReg term of features ``[views, b, out]``."""
+    def sigreg(self, views: Sequence[Tensor], step: Step) -> Tensor:
+        """The weighted SIGReg term of the projections ``[b, out]`` of each view."""
         s = self.settings
-        directions = losses.random_directions(s.head_out, s.slices, _DIRECTIONS + step.index, features.device)
-        return s.sigreg_weight * losses.sigreg(features, directions, knots=s.knots, limit=s.integral_limit)
+        directions = losses.random_directions(s.head_out, s.slices, _DIRECTIONS + step.index, views[0].device)
+        return s.sigreg_weight * losses.sigreg(torch.stack(list(views)), directions, knots=s.knots, limit=s.integral_limit)
 
     @override
     def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
@@ -71,32 +71,17 @@ class LeJEPA(TwoViews):
         self._replays.clear()
         if len(batches) < 2 or not self.settings.grad_cache:
             return
-        kept = []
-        for batch in batches:
-            seed(batch)  # the same draws as in the pass with gradients
-            with batch_statistics(*((self,) if self.training else ())):
-                kept.append(self.features(batch))
-        full = torch.cat(kept, dim=1).requires_grad_()
-        with torch.enable_grad():
-            value = self.sigreg(full, step)
-            (gradient,) = torch.autograd.grad(value, full)
-        pieces = (gradient * len(batches)).chunk(len(batches), dim=1)
-        self._replays.extend(Replay(value.detach(), (piece,), ()) for piece in pieces)
+        self._replays = replays(self, batches, self.features, partial(self.sigreg, step=step))
 
     @override
     def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Loss terms ``predict`` and ``sigreg``; with local repulsion also ``repel`` and ``judge``."""
-        features, count = self.features(batch), len(batch.views["global"])
-        self.watch([features[0]])
-        centres = features[:count].mean(0)
-        predict = (1 - self.settings.sigreg_weight) * (centres - features).square().mean()
-        if self._replays:
-            replay = self._replays.popleft()
-            linear = (features * replay.features[0]).sum()
-            normality = replay.value + (linear - linear.detach())
-        else:
-            normality = self.sigreg(features, step)
-        return {"predict": predict, "sigreg": normality, **self.repelled(features[count:].unbind())}
+        views, count = self.features(batch), len(batch.views["global"])
+        self.watch(views)
+        stacked = torch.stack(views)
+        predict = (1 - self.settings.sigreg_weight) * (stacked[:count].mean(0) - stacked).square().mean()
+        normality = self._replays.popleft().of(views) if self._replays else self.sigreg(views, step)
+        return {"predict": predict, "sigreg": normality, **self.repelled(views[count:])}
 
     @override
     def on_step_skipped(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,24 +16,10 @@ from pipeline.data.augment.views import Batch, TextSpec
 from pipeline.errors import DataError
 from pipeline.methods.base import Method, Step, seed
 from pipeline.methods.clip.settings import ContrastiveSettings, TextSettings
+from pipeline.methods.shared.gradient_cache import Replay
 from pipeline.models.groups import ParameterGroup, parameter_groups
 from pipeline.models.text import LogitScale, TextTower
 from pipeline.models.vision import VisionTower
-
-
-@dataclass(frozen=True)
-class Replay:
-    """What one micro-batch needs from the whole batch (gradient cache).
-
-    Attributes:
-        value: this rank's loss of the whole batch, scalar.
-        features: gradient of the loss with respect to each of the micro-batch's features, times the number of micro-batches.
-        numbers: gradient with respect to scale and bias.
-    """
-
-    value: Tensor
-    features: tuple[Tensor, ...]
-    numbers: tuple[Tensor, ...]
 
 
 class Contrastive(Method):

@@ -20,12 +20,11 @@ from typing_extensions import override
 from pipeline import losses
 from pipeline.config.schema import Config
 from pipeline.data.augment.views import Batch
-from pipeline.methods.base import Step, seed
-from pipeline.methods.shared.contrastive import Replay
+from pipeline.methods.base import Step
+from pipeline.methods.shared.gradient_cache import Replay, replays
 from pipeline.methods.shared.two_views import TwoViews
 from pipeline.methods.simclr.settings import SimclrSettings
 from pipeline.models.mlps import mlp
-from pipeline.models.norms import batch_statistics
 from pipeline.models.resnet import Tower, build_trunk
 
 
@@ -67,17 +66,7 @@ class SimCLR(TwoViews):
         self._replays.clear()
         if len(batches) < 2 or not self.settings.grad_cache:
             return
-        kept = []
-        for batch in batches:
-            seed(batch)  # the same draws as in the pass with gradients
-            with batch_statistics(*((self,) if self.training else ())):
-                kept.append(self.features(batch))
-        full = [torch.cat(parts).requires_grad_() for parts in zip(*kept, strict=True)]
-        with torch.enable_grad():
-            value = losses.nt_xent(full[0], full[1], self.settings.temperature)
-            gradients = torch.autograd.grad(value, full)
-        pieces = [(gradient * len(batches)).chunk(len(batches)) for gradient in gradients]
-        self._replays.extend(Replay(value.detach(), own, ()) for own in zip(*pieces, strict=True))
+        self._replays = replays(self, batches, self.features, self._contrast)
 
     @override
     def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
@@ -85,10 +74,11 @@ class SimCLR(TwoViews):
         views = self.features(batch)
         self.watch(views)
         if not self._replays:
-            return {"contrastive": losses.nt_xent(views[0], views[1], self.settings.temperature)}
-        replay = self._replays.popleft()
-        linear = torch.stack([(view * gradient).sum() for view, gradient in zip(views, replay.features, strict=True)]).sum()
-        return {"contrastive": replay.value + (linear - linear.detach())}
+            return {"contrastive": self._contrast(views)}
+        return {"contrastive": self._replays.popleft().of(views)}
+
+    def _contrast(self, views: Sequence[Tensor]) -> Tensor:
+        return losses.nt_xent(views[0], views[1], self.settings.temperature)
 
     @override
     def on_step_skipped(self) -> None:
