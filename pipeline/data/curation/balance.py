@@ -161,10 +161,11 @@ def quotas_of(
         room.append(above.astype(np.float64))
     available = float(sizes.sum() * max_weight)
     if target > available:
+        often = f"at most {max_weight:g} times each" if max_weight > 1 else "that there are"
         raise DataError(
-            f"a target of {target} is more than the {available:.0f} samples that there are",
+            f"a target of {target} is more than the {int(sizes.sum())} samples {often}",
             where="--target",
-            hint="Lower it, or allow repeats with --max-weight",
+            hint="Lower it, or allow more repeats with --max-weight",
         )
     quotas = equal_shares(room[-1], float(target))
     if rounding_seed is not None:
