@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from pipeline.weights.export.networks import read as read_networks
 from pipeline.weights.export.networks import settings_of
 from pipeline.weights.export.write import write
 from pipeline.weights.from_checkpoint import load_trained
-from tests.helpers.runs import ROOT, TOY, command, environment, recorded, train, weights
+from tests.helpers.runs import TOY, command, processes_of, recorded, started_and_held, train, weights
 
 pytestmark = pytest.mark.slow
 STEPS = 6
@@ -57,41 +56,23 @@ def undisturbed(words: tuple[Path, str, tuple[str, ...]], tmp_path_factory: pyte
     return directory
 
 
-def _processes(directory: Path) -> list[int]:
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            line = (entry / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if b"launch.rank_main" in line and str(directory).encode() in line:
-            found.append(int(entry.name))
-    return found
-
-
 def test_killed_with_minus_nine_it_ends_bitwise_like_the_undisturbed_run(
     words: tuple[Path, str, tuple[str, ...]], undisturbed: Path, tmp_path: Path
 ) -> None:
     config, shards, settings = words
     directory = tmp_path / "run"
-    launcher = subprocess.Popen(
-        command(config, shards, directory, *settings),
-        env=environment(),
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    launcher = started_and_held(command(config, shards, directory, *settings), STEPS - 1)
     end = time.monotonic() + 1500
     while not (directory / "checkpoints" / "step_000000003").exists() and launcher.poll() is None and time.monotonic() < end:
         time.sleep(0.01)
-    for process in (launcher.pid, *_processes(directory)):
+    assert launcher.poll() is None, "it ended before it was killed"
+    for process in (launcher.pid, *processes_of(directory)):
         try:
             os.kill(process, signal.SIGKILL)
         except ProcessLookupError:
             continue
     launcher.wait(600)
-    while _processes(directory) and time.monotonic() < end:
+    while processes_of(directory) and time.monotonic() < end:
         time.sleep(0.02)
     assert (directory / "checkpoints" / "step_000000003").exists()
     done = train(config, shards, directory, *settings)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.pack import synthetic as scenes
-from tests.helpers.runs import ROOT, command, environment, train
+from tests.helpers.runs import ROOT, command, environment, started_and_held, train, wait_for_step
 from tests.helpers.s3 import KEYS, Proxy, Trouble, proxy, upload
 
 STEPS = 24
@@ -115,19 +115,15 @@ def test_stopped_and_resumed_on_one_two_and_four_ranks_the_global_batches_are_th
     undisturbed: Path, door: Proxy, config: Path, tmp_path: Path
 ) -> None:
     directory = tmp_path / "run"
-    for ranks, steps in ((2, 8), (4, 16), (1, STEPS)):
+    for attempt, (ranks, steps) in enumerate(((2, 8), (4, 16), (1, STEPS))):
         door.troubles = [Trouble("503", times=3, match="train-", after=2)]
         # The length decides the schedules, so the run is stopped, not shortened.
         words = command(
             config, "s3://training/*train-*.tar", directory, *settings(door, directory, f"launch.num_processes={ranks}")
         )
-        launcher = subprocess.Popen(
-            words, env=environment(), cwd=ROOT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
+        launcher = started_and_held(words, steps, attempt=attempt, stderr=subprocess.PIPE)
         if steps < STEPS:
-            end = time.monotonic() + 900
-            while max(batches(directory), default=0) < steps - 1 and launcher.poll() is None and time.monotonic() < end:
-                time.sleep(0.05)
+            wait_for_step(directory, steps - 1, launcher)
             launcher.send_signal(signal.SIGTERM)
         _, errors = launcher.communicate(timeout=2000)
         assert launcher.returncode == 0, errors

@@ -2,7 +2,8 @@
 
 Run ``python -m tests.helpers.faulty_ranks train …`` with ``FAULT=<rank> <step> <place> <kind>``, and with ``DELAYED=1`` to have
 the host read a step later whether a step was applied, as on a GPU. Several faults of an attempt are separated by commas; after a
-semicolon come those of the next attempt, and without one every attempt has the same.
+semicolon come those of the next attempt, and without one every attempt has the same. ``hold`` is no fault: the rank waits until
+it has received a signal, so that a test that sends one at a step cannot come too late.
 
 The product has no hook for this: the process that starts the ranks makes them this module too, which wraps what is to break.
 """
@@ -18,8 +19,17 @@ from typing import Any
 
 import torch
 
+_signalled: list[int] = []
+
+
+def _hold() -> None:
+    while not _signalled:
+        time.sleep(0.01)
+
 
 def _break(kind: str) -> None:
+    if kind == "hold":
+        return _hold()
     if kind == "oom":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
     if kind == "memory":
@@ -45,12 +55,17 @@ def _flip_once(method: Any) -> None:
 
 def _arm(rank: int, step: int, place: str, kind: str, last: int) -> None:
     from pipeline.data.loader.batch_stream import BatchStream
+    from pipeline.runtime.stop_requests import StopRequests
     from pipeline.training.engine import Engine
     from pipeline.training.rollback import SkippedSteps
 
     here = int(os.environ["RANK"]) == rank
     forward_backward, engine_step, batches = Engine.forward_backward, Engine.step, BatchStream.__iter__
-    add = SkippedSteps.add
+    add, note = SkippedSteps.add, StopRequests._note
+
+    def noted(self: StopRequests, number: int, frame: Any) -> None:
+        note(self, number, frame)
+        _signalled.append(number)
 
     def broken_forward(self: Engine, batch: Any, now: Any) -> Any:
         if here and now.index == step and place == "forward" and kind == "flip":
@@ -78,7 +93,7 @@ def _arm(rank: int, step: int, place: str, kind: str, last: int) -> None:
         if here and place == "back":
             _break(kind)
 
-    SkippedSteps.add = broken_rollback  # type: ignore[method-assign]
+    SkippedSteps.add, StopRequests._note = broken_rollback, noted  # type: ignore[method-assign]
     Engine.forward_backward, Engine.step, BatchStream.__iter__ = broken_forward, broken_step, broken_data  # type: ignore[method-assign]
 
 
@@ -112,7 +127,8 @@ def main() -> int:
     if os.environ.get("DELAYED"):
         _delay()
     attempts = os.environ["FAULT"].split(";")
-    attempt = int(sys.argv[2]) if len(attempts) > 1 else 0
+    number = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if sys.argv[1] == "train" else sys.argv[2]
+    attempt = int(number) if len(attempts) > 1 else 0
     for fault in attempts[attempt].split(",") if attempt < len(attempts) else ():
         if fault:
             rank, step, place, kind, *rest = fault.split()

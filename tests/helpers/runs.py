@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,49 @@ def command(config: Path, shards: str, directory: Path, *overrides: str) -> list
         f"run.directory={directory}",
     ]
     return [*words, f"data.index={directory.parent / 'index'}", *overrides]
+
+
+def started_and_held(words: list[str], step: int, rank: int = 0, *, attempt: int = 0, **streams: Any) -> subprocess.Popen[bytes]:
+    """Start a command of ``fovea train`` whose rank does a step of an attempt only when it has received a signal."""
+    module = "launch.rank_main" if "launch.rank_main" in words else "launch.cli.main"
+    return subprocess.Popen(
+        ["tests.helpers.faulty_ranks" if word == module else word for word in words],
+        env=environment() | {"FAULT": f"{';' * attempt}{rank} {step} forward hold;"},
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        **({"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | streams),
+    )
+
+
+def processes_of(directory: Path) -> list[int]:
+    """The processes of a run's ranks, also of those forked from one process, which have its command line."""
+    beating = set()
+    for path in directory.glob("logs/attempt-*/pulse/rank-*.json"):
+        with contextlib.suppress(ValueError, OSError):  # rewritten in place
+            beating.add(int(json.loads(path.read_text())["pid"]))
+    return [int(entry.name) for entry in Path("/proc").glob("[0-9]*") if _is_of(entry, directory, beating)]
+
+
+def _is_of(process: Path, directory: Path, beating: set[int]) -> bool:
+    try:
+        words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        if {"launch.rank_main", "tests.helpers.faulty_ranks"} & set(words) and str(directory / "config.json") in words:
+            return True
+        if not (process / "comm").read_text().startswith("fovea-rank"):
+            return False
+        opened = [os.readlink(one) for one in (process / "fd").iterdir()]
+    except OSError:
+        return False
+    return bool(opened) and (int(process.name) in beating or any(one.startswith(f"{directory}/") for one in opened))
+
+
+def wait_for_step(directory: Path, step: int, launcher: subprocess.Popen[bytes], seconds: float = 2000) -> None:
+    """Until rank 0 has recorded a step."""
+    end = time.monotonic() + seconds
+    while max(recorded(directory, 0), default=-1) < step:
+        assert launcher.poll() is None, f"the run ended before step {step}"
+        assert time.monotonic() < end, f"step {step} was not reached in {seconds} s"
+        time.sleep(0.02)
 
 
 def train(config: Path, shards: str, directory: Path, *overrides: str, timeout: float = 3000) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.runtime.run_directory import RunDirectory
-from tests.helpers.runs import ROOT, command, environment, recorded, train, weights
+from tests.helpers.runs import ROOT, command, environment, recorded, started_and_held, train, wait_for_step, weights
 from tests.helpers.s3 import free_port
 
 STEPS = 8
@@ -103,11 +103,8 @@ def test_torchrun_restarts_the_ranks_of_which_one_was_killed_and_nothing_is_lost
     (words,) = _torchrun(command(config, shards, directory))
     words.insert(words.index("torch.distributed.run") + 1, "--max-restarts=2")
     with (tmp_path / "said").open("wb") as said:
-        agent = subprocess.Popen(words, env=environment(), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
-    end = time.monotonic() + 1500
-    while max(recorded(directory, 1), default=-1) < 9:
-        assert time.monotonic() < end and agent.poll() is None, (tmp_path / "said").read_text()
-        time.sleep(0.05)
+        agent = started_and_held(words, 10, 1, stdout=said, stderr=said)
+    wait_for_step(directory, 9, agent)
     os.kill(process_of(directory, 1), signal.SIGKILL)
     assert agent.wait(timeout=2000) == 0, (tmp_path / "said").read_text()
     assert RunDirectory(directory).next_attempt() == 2
