@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from launch import notifications
+from launch import notifications, send_end
 from launch.cli import restarts
 from launch.rank_environment import RankEnvironment, ranks_to_start
 from launch.resume import check_identity, choose_checkpoint
@@ -89,6 +89,8 @@ def run(loaded: Loaded) -> int:
             initial.check(config)
         directory.write_settings(config, show(loaded, secrets=True, absolute=True))
         attempt, code = restarts.attend(config, directory, ranks, checkpoint, inputs)
+    if code and config.tracking.enabled:
+        send_end.send(directory)
     _notify(loaded, directory, attempt, code)
     return code
 

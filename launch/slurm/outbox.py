@@ -6,6 +6,7 @@ They are sent while the supervisor goes on. What a job has not delivered when it
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from launch.slurm.decide import Decision
 from pipeline.runtime import job_record as record
 from pipeline.runtime.run_directory import RunDirectory
 
-_GRACE = 2.0  # seconds for which the end of a job may wait where another job takes over
+_GRACE = 2.0  # seconds for which the end of a job may wait, for all of them, where another job takes over
 _MOST = 20  # notifications that are handed to the next job
 
 
@@ -64,9 +65,9 @@ class Outbox:
         Args:
             continues: whether another job takes over.
         """
-        unsent = []
+        unsent, end = [], time.monotonic() + _GRACE
         for sending in self._sent:
-            missing = sending.wait(_GRACE) if continues else sending.wait()
+            missing = sending.wait(max(end - time.monotonic(), 0.0)) if continues else sending.wait()
             if missing and continues:
                 row = {"event": sending.event, "subject": sending.subject, "lines": sending.lines, "channels": missing}
                 unsent.append(row)

@@ -14,6 +14,7 @@ from typing import Any
 
 import jinja2
 
+from launch import send_end
 from launch.notifications import VARIABLE
 from launch.slurm.profile import ClusterProfile
 from pipeline.config.load import fingerprint
@@ -101,6 +102,7 @@ def facts(config: Config, profile: ClusterProfile, run: Path, notify: dict[str, 
         "links": step(
             profile, run, ["launch.slurm.bandwidth_check", "%LOGS%/links.json", "64" if profile.gpus_per_node else "4"]
         ),
+        "send_end": end_step(profile, run) if config.tracking.enabled else [],
         "fingerprint": fingerprint(config),
         "profile": profile.model_dump(mode="json"),
     }
@@ -110,6 +112,14 @@ def snapshots_of(config: Config, profile: ClusterProfile) -> bool:
     """Whether snapshots are taken: a container cannot read those of the host."""
     needed = config.launch.restarts and config.checkpoint.snapshot_every is not None
     return bool(needed and profile.container is None)
+
+
+def end_step(profile: ClusterProfile, run: Path) -> list[str]:
+    """The ``srun`` command that informs the trackers of a run that failed: one task, as a rank's otherwise."""
+    own = {"--nodes": 1, "--ntasks": 1, "--ntasks-per-node": 1, "--cpus-per-task": 1}
+    arguments = step(profile, run, [send_end.MODULE, str(run)], "send-end.log")
+    names = [argument.partition("=")[0] for argument in arguments]
+    return [f"{name}={own[name]}" if name in own else argument for name, argument in zip(names, arguments, strict=True)]
 
 
 def step(profile: ClusterProfile, run: Path, module: list[str] | None = None, log: str = "links-%t.log") -> list[str]:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch import host_memory
+from launch import host_memory, send_end
 from launch.slurm import excluded_nodes, job_end, memory_keepers, node_checks, successor, takeover
 from launch.slurm import slurm_commands as tools
 from launch.slurm.decide import RESTARTABLE, AttemptResult, Budgets, Decision, decide, spent
@@ -25,7 +25,7 @@ from launch.slurm.job_nodes import JobNodes
 from launch.slurm.outbox import Outbox
 from launch.slurm.preflight import is_full
 from launch.slurm.steps import Step, filled, free_port
-from pipeline.errors import LaunchError
+from pipeline.errors import DataError, LaunchError
 from pipeline.masking import printable
 from pipeline.runtime import job_record as record
 from pipeline.runtime.run_directory import RunDirectory
@@ -75,12 +75,12 @@ class Supervisor:
         cut_off = self._write(takeover.close_dangling, self.run)
         if before is not None:
             return self._finish(Decision("stop", "cancelled", f"job {before} was cancelled (scancel)"))
+        self._outbox.resume()
         if cut_off and (gives_up := spent(record.endings(self.run), Budgets(**self.facts["budgets"]))):
             decision = Decision("fail", str(record.endings(self.run)[-1].get("cause")), gives_up, spent=True)
-            self._outbox.add(decision)
             code = self._finish(decision)
+            self._outbox.add(decision)
         else:
-            self._outbox.resume()
             with contextlib.ExitStack() as stack:
                 self._keep_memory(stack)
                 self._announce_last()
@@ -89,9 +89,12 @@ class Supervisor:
                     self._outbox.add(decision)
                     self._announce_last()
                     decision = self._attempt()
-            if not self._replaced:
-                self._outbox.add(decision)
+            returns = decision.action == "requeue" and not self._replaced
+            if returns:
+                self._outbox.add(decision)  # sent while the job is put back
             code = self._act(decision)
+            if not (returns or self._replaced):
+                self._outbox.add(decision)  # when the final state can be read
         self._outbox.close(continues=self._replaced or decision.action == "requeue")
         return code
 
@@ -302,7 +305,18 @@ class Supervisor:
             successor.cancel(self.run, self.job)
             if self.watch.end is not None and self.watch.end.returns:
                 tools.cancel(self.job)
-        return 0 if decision.action != "fail" else 1
+        if decision.action != "fail":
+            return 0
+        self._send_end()
+        return 1
+
+    def _send_end(self) -> None:
+        """Inform the trackers that the run has failed: its ranks are gone."""
+        logs = self.run.logs(self.attempt)
+        with contextlib.suppress(OSError, LaunchError, DataError):
+            if (step := self.facts.get("send_end")) and send_end.due(self.run):
+                command = [filled(argument, logs) for argument in step]
+                Step(self.job, command, self.env).wait(lambda: "", send_end.LIMIT)
 
     def _guard(self, delay: float = 0.0, *, again: bool = False) -> bool:
         """See to it that a successor waits for the end of this job; whether it does."""

@@ -80,10 +80,10 @@ def unanswered(uri: str, seconds: float = 3.0) -> str:
         uri: tracking URI; only ``http`` and ``https`` are tried.
         seconds: time for the connection.
     """
-    parts = urllib.parse.urlsplit(uri)
-    if parts.scheme not in ("http", "https") or not parts.hostname or urllib.request.getproxies().get(parts.scheme):
-        return ""
     try:
+        parts = urllib.parse.urlsplit(uri)
+        if parts.scheme not in ("http", "https") or not parts.hostname or urllib.request.getproxies().get(parts.scheme):
+            return ""
         port = parts.port or (443 if parts.scheme == "https" else 80)
         socket.create_connection((parts.hostname, port), timeout=seconds).close()
     except TimeoutError:

@@ -211,12 +211,12 @@ class Shipper(JournalShipper):
         while True:
             condition = f"tags.`{_PARENT}` = '{parent}'"
             page = client.search_runs([own.info.experiment_id], condition, max_results=1000, page_token=token)
-            for run in page:
-                name = run.info.run_name
-                states[name] = "RUNNING" if states.get(name) == "RUNNING" else run.info.status
+            for run in page:  # the newest first: an older one of the same member ended with the folder of its records
+                states.setdefault(run.info.run_name, run.info.status)
             if not (token := page.token):
                 break
-        if len(states) < RunDirectory(self._sweep).sweep_size or not set(states.values()) <= set(_ENDS.values()):
+        size = RunDirectory(self._sweep).sweep_size
+        if not size or len(states) < size or not set(states.values()) <= set(_ENDS.values()):
             return
         state = "finished" if set(states.values()) == {_ENDS["finished"]} else "stopped"
         client.set_tag(parent, "fovea.state", state)

@@ -64,8 +64,8 @@ def starter(slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         words = ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--wait=5", "--unbuffered"]
         words += ["--open-mode=append", "--output=%LOGS%/rank-%t.log"]
 
-        def step(profile: ClusterProfile, run: Path, module: list[str] | None = None) -> list[str]:
-            return real(profile, run, module) if module else [*words, sys.executable, str(RANK), str(run), json.dumps(plan)]
+        def step(profile: ClusterProfile, run: Path, module: list[str] | None = None, *log: str) -> list[str]:
+            return real(profile, run, module, *log) if module else [*words, sys.executable, str(RANK), str(run), json.dumps(plan)]
 
         monkeypatch.setattr("launch.slurm.render.step", step)
         loaded = load(config, ["data.shards=/nowhere/x.tar", f"run.directory={run.path}", *settings])

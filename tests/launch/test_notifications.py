@@ -368,6 +368,32 @@ def test_a_restart_waits_for_no_notification_and_the_next_job_sends_what_is_left
     assert len(results()) == 3, "sent twice"
 
 
+def test_all_notifications_that_are_left_share_one_deadline(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, waited = [100.0], list[float]()
+
+    class Sending:
+        event, subject, lines = "hang", "subject", ["line"]
+
+        def __init__(self, *_: object) -> None: ...
+
+        def wait(self, seconds: float) -> list[str]:
+            waited.append(seconds)
+            now[0] += min(seconds, 1.5)
+            return ["email"]
+
+        def close(self, _: str) -> None: ...
+
+    monkeypatch.setattr("launch.notifications.Sending", Sending)
+    monkeypatch.setattr("launch.slurm.outbox.time.monotonic", lambda: now[0])
+    settings = section(command=["true"])
+    outbox = Outbox(run, settings, {notifications.VARIABLE: digest(notifications.canonical(settings))}, print)
+    for _ in range(4):
+        outbox.add(Decision("requeue", "hang", "no rank sent a heartbeat"))
+    outbox.close(continues=True)
+    assert waited == [2.0, 0.5, 0.0, 0.0]
+    assert len(json.loads((run.path / "unsent.json").read_text())["rows"]) == 4
+
+
 @pytest.mark.parametrize("content", ["[]", "{", '{"rows": 5}', '{"rows": [5, {}, {"event": 1, "lines": [], "channels": "x"}]}'])
 def test_a_damaged_list_of_what_is_left_sends_nothing(run: RunDirectory, tmp_path: Path, content: str) -> None:
     settings = section(command=["touch", str(tmp_path / "sent")])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.tracking import destination
+from pipeline.tracking.destination import unanswered
 from pipeline.tracking.mlflow_database import uri_of
 from pipeline.tracking.settings import TrackingSettings
 
@@ -55,3 +56,8 @@ def test_a_foreign_record_neither_blocks_nor_speaks(tmp_path: Path, content: str
     else:
         file.write_text(content)
     assert destination(TrackingSettings(), tmp_path, {}).origin == ""
+
+
+@pytest.mark.parametrize("uri", ["http://[::1", "http://host:port", "http://[1.2.3:80", "https://", "sqlite:///x.db", ""])
+def test_an_address_that_is_none_is_no_error_here(uri: str) -> None:
+    assert isinstance(unanswered(uri), str)

@@ -427,6 +427,8 @@ def test_the_run_of_a_sweep_ends_with_its_last_member_and_goes_on_with_the_first
 
     assert reports(0, "running", "finished").startswith("RUNNING"), "the other has not begun"
     assert reports(1, "running") == "RUNNING running"
+    shutil.rmtree(sweep / "001")  # it begins again as another run of MLflow's, and this one goes on for ever
+    assert reports(1, "running") == "RUNNING running"
     assert reports(1, "stopped") == "KILLED stopped"
     assert reports(1, "running", attempt=1) == "RUNNING running"
     assert reports(1, "finished", attempt=2) == "FINISHED finished"

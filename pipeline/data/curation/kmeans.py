@@ -154,7 +154,7 @@ def linked_hierarchy(centroids: NDArray[np.float32], levels: Sequence[int]) -> l
     """
     from scipy.cluster.hierarchy import fcluster, linkage
 
-    if len(centroids) < 2:
+    if len(centroids) < 2 or not levels:
         return [np.zeros(len(centroids), dtype=np.int64) for _ in levels]
     tree = linkage(np.asarray(centroids, dtype=np.float64), "average")
     parents, below = [], np.arange(len(centroids))

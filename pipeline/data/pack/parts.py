@@ -36,9 +36,9 @@ class SourcePart:
     @property
     def notes(self) -> list[tuple[str, str]]:
         """Those of the part's samples; of a table, which names rows, those of the first part."""
-        names = {self._source.name(position) for position in self._positions}
         if self.unit == "rows":
             return list(self._source.notes) if self._number == 1 else []
+        names = {self._source.name(position) for position in self._positions}
         return [(name, note) for name, note in self._source.notes if name in names]
 
     def __len__(self) -> int:

@@ -182,7 +182,7 @@ class DetailCLIP(Contrastive):
         """L2-normalized features of both views as the student sees them, and of the captions."""
         return self._student(batch)[1]
 
-    def compare(self, features: Sequence[Tensor], scale: Tensor, bias: Tensor | None) -> Tensor:
+    def compare(self, features: Sequence[Tensor], scale: Tensor, bias: Tensor | None = None) -> Tensor:
         """Mean over the views of CLIP's loss."""
         first, second, texts = features
         compared = partial(losses.clip_loss, chunk=self.settings.logit_chunk_size)

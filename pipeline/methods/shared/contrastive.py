@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 from pipeline import losses
 from pipeline.data.augment.views import Batch, TextSpec
 from pipeline.errors import DataError
-from pipeline.methods.base import Method, Step, seed
+from pipeline.methods.base import Method, Step
 from pipeline.methods.clip.settings import ContrastiveSettings, TextSettings
-from pipeline.methods.shared.gradient_cache import Replay
+from pipeline.methods.shared.gradient_cache import Replay, replays
 from pipeline.models.groups import ParameterGroup, parameter_groups
 from pipeline.models.text import LogitScale, TextTower
 from pipeline.models.vision import VisionTower
@@ -50,7 +51,7 @@ class Contrastive(Method):
         nn.init.normal_(self.image_projection.weight, std=backbone.width**-0.5)
         self.text_tower = build_text(settings.text, embed)
         self.logits = LogitScale(scale, bias=bias, largest=settings.max_logit_scale)
-        self._replays: list[Replay] = []
+        self._replays: deque[Replay] = deque()
 
     @abstractmethod
     def features(self, batch: Batch) -> tuple[Tensor, ...]:
@@ -66,7 +67,7 @@ class Contrastive(Method):
         features: Tensor = self.text_tower(tokens)
         return features
 
-    def compare(self, features: Sequence[Tensor], scale: Tensor, bias: Tensor | None) -> Tensor:
+    def compare(self, features: Sequence[Tensor], scale: Tensor, bias: Tensor | None = None) -> Tensor:
         """This rank's loss of its features against those of all ranks."""
         images, texts = features
         if bias is None:
@@ -75,37 +76,26 @@ class Contrastive(Method):
 
     def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
         """Contrasts all micro-batches as one batch, if there are several and ``grad_cache`` is on."""
-        self._replays = []
-        if len(batches) < 2 or not self.settings.grad_cache:
-            return
-        kept = []
-        for batch in batches:
-            seed(batch)  # the same draws as in the pass with gradients
-            kept.append(self.features(batch))
-        full = [torch.cat(parts).requires_grad_() for parts in zip(*kept, strict=True)]
-        numbers = [number.detach().requires_grad_() for number in self.logits() if number is not None]
-        with torch.enable_grad():
-            value = self.compare(full, numbers[0], numbers[1] if len(numbers) > 1 else None)
-            gradients = torch.autograd.grad(value, [*full, *numbers])
-        pieces = [(gradient * len(batches)).chunk(len(batches)) for gradient in gradients[: len(full)]]
-        rest = gradients[len(full) :]
-        self._replays = [Replay(value.detach(), own, rest) for own in zip(*pieces, strict=True)]
+        self._replays.clear()
+        if len(batches) > 1 and self.settings.grad_cache:
+            self._replays = replays(self, batches, self.features, self.compare, self._numbers())
 
     def contrast(self, features: Sequence[Tensor]) -> Tensor:
         """The loss of a micro-batch's features, or with ``grad_cache`` its part of the whole batch's loss."""
-        numbers = [number for number in self.logits() if number is not None]
+        numbers = self._numbers()
         images, texts = features[0].detach(), features[-1].detach()
         self.metrics = {"logit_scale": numbers[0].detach().squeeze(0), "pair_similarity": (images * texts).sum(1).mean()}
         if not self._replays:
-            return self.compare(features, numbers[0], numbers[1] if len(numbers) > 1 else None)
-        replay = self._replays.pop(0)
-        parts = zip((*features, *numbers), (*replay.features, *replay.numbers), strict=True)
-        linear = torch.stack([(value.float() * gradient).sum() for value, gradient in parts]).sum()
-        return replay.value + (linear - linear.detach())
+            return self.compare(features, *numbers)
+        return self._replays.popleft().of(features, numbers)
+
+    def _numbers(self) -> list[Tensor]:
+        """Scale, and bias where there is one."""
+        return [number for number in self.logits() if number is not None]
 
     def on_step_skipped(self) -> None:
         """Discards the gradient cache."""
-        self._replays = []
+        self._replays.clear()
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Groups with layer-wise learning rates in both towers, without weight decay where the settings exclude it."""

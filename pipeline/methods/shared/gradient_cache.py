@@ -21,20 +21,22 @@ class Replay:
     Attributes:
         value: this rank's loss of the whole batch, scalar.
         features: gradient of the loss with respect to each of the micro-batch's features, times the number of micro-batches.
-        numbers: gradient with respect to scale and bias, where the loss has them.
+        numbers: gradient with respect to each of the numbers that the loss depends on besides features.
     """
 
     value: Tensor
     features: tuple[Tensor, ...]
     numbers: tuple[Tensor, ...] = ()
 
-    def of(self, features: Sequence[Tensor]) -> Tensor:
+    def of(self, features: Sequence[Tensor], numbers: Sequence[Tensor] = ()) -> Tensor:
         """The loss of the whole batch, whose gradient is that of this micro-batch's part; scalar.
 
         Args:
             features: as computed again, with gradients.
+            numbers: as given to :func:`replays`, with gradients.
         """
-        linear = torch.stack([(one * gradient).sum() for one, gradient in zip(features, self.features, strict=True)]).sum()
+        parts = zip((*features, *numbers), (*self.features, *self.numbers), strict=True)
+        linear = torch.stack([(one.float() * gradient).sum() for one, gradient in parts]).sum()
         return self.value + (linear - linear.detach())
 
 
@@ -42,7 +44,8 @@ def replays(
     network: nn.Module,
     batches: Sequence[Batch],
     features: Callable[[Batch], Sequence[Tensor]],
-    loss: Callable[[Sequence[Tensor]], Tensor],
+    loss: Callable[..., Tensor],
+    numbers: Sequence[Tensor] = (),
 ) -> deque[Replay]:
     """Computes the loss of all micro-batches as one batch, and its gradient with respect to each feature.
 
@@ -50,7 +53,8 @@ def replays(
         network: what computes the features; running statistics of its batch norms are not moved.
         batches: the micro-batches of this rank.
         features: of a micro-batch, ``[b, width]`` each; drawn as in the pass with gradients.
-        loss: of the features of the whole batch, scalar.
+        loss: of the list of the features of the whole batch and of each of ``numbers``, scalar.
+        numbers: what else the loss depends on and is trained, such as a scale.
 
     Returns:
         A replay for each micro-batch, in order.
@@ -61,8 +65,10 @@ def replays(
         with batch_statistics(*((network,) if network.training else ())):
             kept.append(features(batch))
     full = [torch.cat(list(parts)).requires_grad_() for parts in zip(*kept, strict=True)]
+    detached = [number.detach().requires_grad_() for number in numbers]
     with torch.enable_grad():
-        value = loss(full)
-        gradients = torch.autograd.grad(value, full)
-    pieces = [(gradient * len(batches)).chunk(len(batches)) for gradient in gradients]
-    return deque(Replay(value.detach(), own) for own in zip(*pieces, strict=True))
+        value = loss(full, *detached)
+        gradients = torch.autograd.grad(value, [*full, *detached])
+    pieces = [(gradient * len(batches)).chunk(len(batches)) for gradient in gradients[: len(full)]]
+    rest = gradients[len(full) :]
+    return deque(Replay(value.detach(), own, rest) for own in zip(*pieces, strict=True))

@@ -86,6 +86,7 @@ def test_levels_of_linkage_are_states_of_one_tree() -> None:
     direct = linked_hierarchy(values, (4,))[0]
     assert len({*zip(direct.tolist(), coarse[fine].tolist(), strict=True)}) == 4
     assert [part.tolist() for part in linked_hierarchy(values[:1], (1, 1))] == [[0], [0]]
+    assert linked_hierarchy(values, ()) == []
 
 
 @pytest.mark.parametrize("coarse", ["auto", "kmeans"])

@@ -15,6 +15,7 @@ from launch.slurm.submit import submit
 from pipeline.config.load import load
 from pipeline.runtime import job_record as record
 from pipeline.runtime.run_directory import RunDirectory
+from pipeline.tracking import Journal, Shipper
 from tests.helpers.cluster_runs import Start, causes, queue, reach, starter, until, verdict
 from tests.helpers.slurm import NEEDS_SLURM, Cluster, cluster
 
@@ -77,15 +78,36 @@ def test_a_node_at_fault_is_notified_and_avoided_and_so_is_a_hang_within_a_job(
 
 
 def test_a_failure_and_a_spent_budget_name_the_reason(start: Start, tmp_path: Path) -> None:
-    run, _ = start({"0": [3, "refuse"]}, notify=writing(tmp_path / "mail"))
+    section = writing(tmp_path / "mail")
+    section["command"][2] += f"; cat {tmp_path}/run/final_state.json >> {tmp_path}/mail"
+    run, _ = start({"0": [3, "refuse"]}, notify=section)
     assert verdict(run)["state"] == "failed"
     until(lambda: sent(run) == [("failed", "sent")], "not notified")
-    assert "no such shard" in (tmp_path / "mail").read_text()
+    text = (tmp_path / "mail").read_text()
+    assert "no such shard" in text and '"state": "failed"' in text, "the state can be read when the notification arrives"
     slow = {"command": ["sleep", "1000"], "timeout": 0.5}
     run, _ = start({"0": [2, "crash"], "1": [3, "crash"]}, folder="b", budgets={"crash": 1}, notify=slow)
     assert "2 attempts ended by crash, 1 are allowed" in verdict(run)["why"]
     until(lambda: sent(run), "not recorded")
     assert sent(run)[0][0] == "budget" and sent(run)[0][1] != "sent"
+
+
+def test_a_run_that_fails_is_failed_in_mlflow(start: Start, tmp_path: Path) -> None:
+    run, uri = RunDirectory(tmp_path / "run"), f"sqlite:///{tmp_path}/mlflow.db"
+    journal = Journal(run.journal(0))  # as if its ranks had recorded it, and been killed then
+    journal.tags({"fovea.state": "running"})
+    journal.close()
+    shipper = Shipper(run.tracking, uri=uri, experiment="fovea", name="toy")
+    shipper.ship()
+    start({"0": [3, "refuse"]}, "tracking.enabled=true", f"tracking.uri={uri}")
+    assert verdict(run)["state"] == "failed"
+    client, number = shipper.connected()
+
+    def state() -> tuple[str, str]:
+        one = client.get_run(number)
+        return one.info.status, one.data.tags["fovea.stop"] if one.info.status == "FAILED" else ""
+
+    until(lambda: state() == ("FAILED", "no such shard"), "MLflow does not know it")
 
 
 def test_a_command_written_into_the_run_directory_later_is_never_run(start: Start, tmp_path: Path) -> None:

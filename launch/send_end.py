@@ -1,0 +1,40 @@
+"""Sends the trackers of a run that failed the state in which it ended, which its ranks could not send.
+
+Standard library only; the trackers' libraries are imported in a process of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+
+from pipeline.runtime.interpreter import alone_environment, module_command
+from pipeline.runtime.run_directory import RunDirectory
+from pipeline.tracking.ended import record_end
+
+MODULE = "launch.cli.tracked_end"  # its argument is the run directory
+LIMIT = 60.0  # of the whole command, seconds
+
+
+def due(run: RunDirectory) -> bool:
+    """Records the end of a run in its journal; whether a tracker that knows the run is to be informed.
+
+    Args:
+        run: the run directory.
+    """
+    return bool(record_end(run)) and any(run.tracking.glob("cursor*.json"))
+
+
+def send(run: RunDirectory) -> None:
+    """Informs the trackers of a run on this host; what they do not accept in time is sent by the next attempt.
+
+    Args:
+        run: the run directory.
+    """
+    if not due(run):
+        return
+    command = module_command(MODULE, str(run.path))
+    with contextlib.suppress(subprocess.TimeoutExpired, OSError):
+        subprocess.run(
+            command, env=alone_environment(), stdin=subprocess.DEVNULL, capture_output=True, timeout=LIMIT, check=False
+        )
