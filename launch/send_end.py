@@ -10,19 +10,18 @@ import subprocess
 
 from pipeline.runtime.interpreter import alone_environment, module_command
 from pipeline.runtime.run_directory import RunDirectory
-from pipeline.tracking.ended import record_end
 
 MODULE = "launch.cli.tracked_end"  # its argument is the run directory
 LIMIT = 60.0  # of the whole command, seconds
 
 
-def due(run: RunDirectory) -> bool:
-    """Records the end of a run in its journal; whether a tracker that knows the run is to be informed.
+def is_tracked(run: RunDirectory) -> bool:
+    """Whether a tracker knows the run.
 
     Args:
         run: the run directory.
     """
-    return bool(record_end(run)) and any(run.tracking.glob("cursor*.json"))
+    return any(run.tracking.glob("cursor*.json"))
 
 
 def send(run: RunDirectory) -> None:
@@ -31,7 +30,7 @@ def send(run: RunDirectory) -> None:
     Args:
         run: the run directory.
     """
-    if not due(run):
+    if not is_tracked(run):
         return
     command = module_command(MODULE, str(run.path))
     with contextlib.suppress(subprocess.TimeoutExpired, OSError):

@@ -314,7 +314,7 @@ class Supervisor:
         """Inform the trackers that the run has failed: its ranks are gone."""
         logs = self.run.logs(self.attempt)
         with contextlib.suppress(OSError, LaunchError, DataError):
-            if (step := self.facts.get("send_end")) and send_end.due(self.run):
+            if (step := self.facts.get("send_end")) and send_end.is_tracked(self.run):
                 command = [filled(argument, logs) for argument in step]
                 Step(self.job, command, self.env).wait(lambda: "", send_end.LIMIT)
 

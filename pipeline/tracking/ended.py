@@ -1,7 +1,4 @@
-"""The state in which a run ended, for trackers, where its ranks could not record it: they crashed or were killed.
-
-Standard library only.
-"""
+"""The state in which a run ended, for trackers, where its ranks could not record it: they crashed or were killed."""
 
 from __future__ import annotations
 
