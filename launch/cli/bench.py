@@ -129,20 +129,22 @@ def scale(
     fovea bench scale --before ../fovea-0.9
     """
     from pipeline.bench.scale import Options, markdown, measure
-    from pipeline.bench.streams import compared, mixing
+    from pipeline.bench.streams import compared, defaults, mixing
 
     options = replace(Options.smoke() if smoke else Options(), before=before and before.resolve())
     curves = measure(options, log=log)
     log("streams and estimates")
     rows = mixing(options.shape, options.streams)
+    chosen = defaults(options.shape, (8,) if smoke else (1, 8, 64, 512))
     estimates = compared(options.shape, options.streams[::3], 1 if smoke else 8, options.scenes)
     save(
         "scale",
         out,
-        lambda machine, command: markdown(curves, options, machine, command, rows=rows, estimates=estimates),
+        lambda machine, command: markdown(curves, options, machine, command, rows=rows, estimates=estimates, chosen=chosen),
         {
             "curves": [asdict(c) for c in curves],
             "streams": [asdict(row) for row in rows],
+            "defaults": [asdict(row) for row in chosen],
             "estimates": [asdict(one) for one in estimates],
         },
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launch.terminal import Terminal
 from pipeline.config.schema import Config
 from pipeline.data import storage
 from pipeline.data.indexing import Indexer, fields, open_storage
-from pipeline.data.order.order import Order, num_streams, streams_for
+from pipeline.data.order.default_streams import Extent, default_streams, extents_of
+from pipeline.data.order.order import Order, num_streams
 from pipeline.errors import ConfigError, DataError
 from pipeline.estimate.data import IndexCost, Part, Reading, cores, of_manifest, surveyed
 
@@ -47,11 +49,15 @@ def data_cost(config: Config, *, ranks: int, nodes: int, shards: int, samples: i
         DataError, ConfigError: the shards cannot be found or indexed.
     """
     batch, block = config.train.global_batch_size, config.data.shuffle_block_size
-    streams = num_streams(batch, config.data.canonical_streams or streams_for(batch, ranks), block)
+
+    def streams_of(extents: Sequence[Extent]) -> int:
+        return num_streams(batch, config.data.canonical_streams or default_streams(batch, ranks, extents, block), block)
+
     indexer = Indexer(config)
     existing = indexer.existing()
     if existing is not None:
         manifest, sources = existing
+        streams = streams_of(extents_of(manifest.sizes, manifest.shards.sizes, sources))
         fractions = Order(manifest.sizes, config.run.seed, batch, streams, block, sources).fractions if sources else (1.0,)
         ranges = [(source.first, source.first + source.shards) for source in sources] or [(0, len(manifest.shards))]
         parts = tuple(
@@ -71,6 +77,7 @@ def data_cost(config: Config, *, ranks: int, nodes: int, shards: int, samples: i
             size = sum(about.size for about in abouts)
             part, index = Part(1, len(abouts), size), IndexCost(size, None, 0.0, 0.0)
         parts = (Part(samples, part.shards, part.size) if samples else part,)  # of a mixture, as if it were one data set
+        streams = streams_of([Extent(int(one.samples), one.shards, one.size) for one in parts])
     reading = Reading(parts, batch, streams, block, nodes)
     return DataCost(reading, index, existing is not None, ranks // nodes)
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.bench.streams import Compared, Mixing, Shape
+from pipeline.bench.streams import Compared, Default, Mixing, Shape
 from pipeline.bench.streams import markdown as streams_markdown
 from pipeline.errors import ConfigError
 from pipeline.runtime.interpreter import ROOT
@@ -180,6 +180,7 @@ def markdown(
     *,
     rows: Sequence[Mixing] = (),
     estimates: Sequence[Compared] = (),
+    chosen: Sequence[Default] = (),
 ) -> str:
     """Render the page: a table for each cost, with the exponents; streams and estimates."""
     lines = [
@@ -203,7 +204,7 @@ def markdown(
         old = f"{exponent(curve.before):.2f} | " if both else ""
         lines += [f"| exponent | {old}{exponent(curve.now):.2f} |", ""]
     if rows:
-        lines += streams_markdown(rows, estimates, options.shape)
+        lines += streams_markdown(rows, estimates, chosen, options.shape)
     return "\n".join(lines)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from pipeline.data import storage
 from pipeline.data.index.build import build
 from pipeline.data.index.fields import Fields
+from pipeline.data.order.default_streams import Extent, default_streams
 from pipeline.data.order.order import Order
 from pipeline.data.pack import synthetic
 from pipeline.estimate.data import Part, Reading, of_manifest, surveyed
@@ -25,6 +26,7 @@ _CLASSES = 1000
 _STEPS = 1000
 _BATCHES = 20  # over which mixing is averaged
 _SAMPLE_BYTES = 80_000
+_RANKS_OF_A_NODE = 8
 _EPOCHS = 16  # over which the first step is averaged
 
 
@@ -72,6 +74,23 @@ class Mixing:
 
 
 @dataclass(frozen=True)
+class Default:
+    """What a new run of some ranks, eight on each node, has by default.
+
+    Attributes:
+        ranks: number of ranks.
+        streams: number of streams.
+        first: shards that the first step needs for each rank, the most of 16 epochs.
+        amplification: bytes that all nodes download for each byte used, in the first 1000 steps.
+    """
+
+    ranks: int
+    streams: int
+    first: float
+    amplification: float
+
+
+@dataclass(frozen=True)
 class Compared:
     """A figure as estimated and as measured."""
 
@@ -107,6 +126,21 @@ def _mixing(shape: Shape, order: Order) -> Mixing:
 def _cached(order: Order, begin: int) -> int:
     ahead = max(2 * order.block_size * order.streams // order.global_batch, 1)
     return len(order.shards(begin, min(begin + ahead, order.steps_per_epoch)))
+
+
+def defaults(shape: Shape, ranks: Sequence[int]) -> list[Default]:
+    """Downloads with the number of streams that a new run has by default."""
+    extent = Extent(shape.shards * shape.rows, shape.shards, shape.shards * shape.rows * _SAMPLE_BYTES)
+    rows = []
+    for number in ranks:
+        streams, nodes = default_streams(shape.batch, number, [extent], shape.block), max(number // _RANKS_OF_A_NODE, 1)
+        order = Order(np.full(shape.shards, shape.rows), 0, shape.batch, streams, shape.block)
+        firsts = [order.first_step(epoch) for epoch in range(_EPOCHS)]
+        first = max(len(order.shards(one, one + 1)) for one in firsts) / number
+        steps = min(_STEPS, order.steps_per_epoch)
+        down = sum(len(order.shards(0, steps, _of(order, nodes, node))) for node in range(nodes))
+        rows.append(Default(number, order.streams, first, down * shape.rows / (steps * shape.batch)))
+    return rows
 
 
 def compared(shape: Shape, streams: Sequence[int], nodes: int, scenes: int) -> list[Compared]:
@@ -178,8 +212,8 @@ def _indexed(scenes: int) -> list[Compared]:
         ]
 
 
-def markdown(rows: Sequence[Mixing], estimates: Sequence[Compared], shape: Shape) -> list[str]:
-    """Two sections of a page."""
+def markdown(rows: Sequence[Mixing], estimates: Sequence[Compared], chosen: Sequence[Default], shape: Shape) -> list[str]:
+    """Sections of a page."""
     lines = [
         "## Streams: downloads against shuffling",
         "",
@@ -196,6 +230,16 @@ def markdown(rows: Sequence[Mixing], estimates: Sequence[Compared], shape: Shape
         f"{row.same:.2%} | {row.classes:.0f} |"
         for row in rows
     ]
+    if chosen:
+        lines += [
+            "",
+            f"By default a new run on this set ({shape.shards * shape.rows * _SAMPLE_BYTES / 1e12:,.0f} TB) has these, with "
+            f"{_RANKS_OF_A_NODE} ranks on a node; a set whose first step needs at most 16 GiB, or 2 GiB per rank, has 256:",
+            "",
+            "| ranks | streams | shards for the first step, per rank | bytes downloaded for each used, 1000 steps |",
+            "|---:|---:|---:|---:|",
+        ]
+        lines += [f"| {row.ranks} | {row.streams} | {row.first:.2f} | {row.amplification:.2f} |" for row in chosen]
     lines += [
         "",
         "## What fovea estimate says, and what it is",

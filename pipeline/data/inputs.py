@@ -11,7 +11,8 @@ from pipeline.data.augment.plan import PLAN_VERSION
 from pipeline.data.formats.channels import channels_identity
 from pipeline.data.index.manifest import Manifest
 from pipeline.data.indexing import Indexer, Progress, indexed
-from pipeline.data.order.order import Order, Source, streams_for
+from pipeline.data.order.default_streams import default_streams, extents_of
+from pipeline.data.order.order import Order, Source
 from pipeline.data.overlap import check_held_out
 from pipeline.data.selections.apply import selection_identity, weights_of
 from pipeline.errors import ConfigError, DataError
@@ -57,7 +58,10 @@ def prepare(config: Config, world: int, progress: Progress | None = None, *, reu
     indexer = Indexer(config, progress, reuse)
     train, sources = _training_set(config, indexer)
     batch, micro = config.train.global_batch_size, config.train.micro_batch_size
-    streams = config.data.canonical_streams or _streams_of_checkpoints(config) or streams_for(batch, world)
+    streams = config.data.canonical_streams or _streams_of_checkpoints(config)
+    if streams is None:
+        extents = extents_of(train.sizes, train.shards.sizes, sources)
+        streams = default_streams(batch, world, extents, config.data.shuffle_block_size)
     weights = weights_of(train, sources)
     order = Order(train.sizes, config.run.seed, batch, streams, config.data.shuffle_block_size, sources, weights)
     order.check_world(world)

@@ -24,7 +24,8 @@ from pipeline.config.schema import Config
 from pipeline.data import indexing
 from pipeline.data.indexing import Indexer
 from pipeline.data.inputs import Inputs, data_identity, prepare
-from pipeline.data.order.order import Order, Source, num_streams, streams_for
+from pipeline.data.order.default_streams import Extent, default_streams
+from pipeline.data.order.order import Order, Source, num_streams
 from pipeline.data.pack import synthetic as scenes
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.methods.dinov2.settings import Dinov2Settings
@@ -201,13 +202,42 @@ def test_a_run_has_the_streams_that_its_first_number_of_ranks_needs(shards: Path
         assert prepare(config, 3).order.streams == 24
 
 
+SMALL = Extent(50_000, 50, 10**8)
+
+
 def test_any_number_of_ranks_that_divides_the_batch_can_begin_a_run() -> None:
     for batch in (96, 1536, 3072, 4096, 6144, 32768):
         for world in (1, 8, 96, 256, 384, 512, 4096):
-            streams = streams_for(batch, world) or num_streams(batch, None, 1)
+            streams = default_streams(batch, world, [SMALL], 16384) or num_streams(batch, None, 1)
             if batch % world == 0:
                 assert batch % streams == 0 and streams % world == 0
                 assert streams == math.gcd(batch, 256) or math.gcd(batch, 256) % world
+
+
+@pytest.mark.parametrize("block", [16384, 1000])
+@pytest.mark.parametrize(("world", "streams"), [(1, 8), (8, 8), (64, 64), (512, 512)])
+def test_a_new_run_on_a_large_set_begins_with_few_shards_of_each_rank(world: int, streams: int, block: int) -> None:
+    rows, shards, batch = 10_000, 20_000, 4096
+    chosen = default_streams(batch, world, [Extent(rows * shards, shards, 800_000_000 * shards)], block)
+    assert chosen is not None and chosen >= streams and chosen % world == 0
+    assert chosen == streams or block == 1000, "small blocks allow more"
+    for seed in range(5):
+        order = Order(np.full(shards, rows), seed, batch, chosen, block)
+        assert len(order.shards(0, 1)) <= 3 * max(world, 8)
+        if block > 1000 and world <= 8:
+            assert len(order.shards(0, 1000)) * rows <= 1.3 * 1000 * batch
+
+
+def test_the_number_of_streams_is_that_of_the_batch_unless_the_first_step_is_large() -> None:
+    assert default_streams(4096, 8, [SMALL], 16384) is None
+    imagenet = Extent(1_281_167, 1282, 130 * 10**9)
+    assert default_streams(1024, 8, [imagenet], 16384) == 8
+    assert default_streams(1024, 8, [imagenet], 64) == 128, "with small blocks the first step needs 2 shards of a stream"
+    assert default_streams(1024, 8, [imagenet, imagenet], 64) == 64, "and of two data sets twice as many"
+    assert default_streams(1024, 64, [imagenet], 16384) is None, "every rank has room for 2 GiB of it"
+    assert default_streams(1024, 3, [imagenet], 16384) == 8, "ranks that do not divide the batch are refused elsewhere"
+    assert default_streams(6, 2, [Extent(10**9, 10**5, 10**14)], 16384) is None, "2, of the batch"
+    assert default_streams(1, 1, [Extent(10**9, 10**5, 10**14)], 16384) is None
 
 
 def test_no_shards_few_samples_and_no_place_for_the_index_are_refused(shards: Path, tmp_path: Path) -> None:

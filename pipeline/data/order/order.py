@@ -295,19 +295,6 @@ def num_streams(global_batch: int, streams: int | None, block_size: int) -> int:
     return streams
 
 
-def streams_for(global_batch: int, world: int) -> int | None:
-    """Returns a number of streams that the world size divides; ``None`` if the default one does, or none can be found.
-
-    Args:
-        global_batch: samples per step.
-        world: number of ranks.
-    """
-    default = math.gcd(global_batch, _DEFAULT_STREAMS)
-    if world < 1 or global_batch % world or default % world == 0:
-        return None
-    return math.lcm(default, world)
-
-
 def rank_slice(global_batch: int, world: int, rank: int) -> range:
     """Returns the samples of a global batch that a rank takes, by their positions in it.
 
