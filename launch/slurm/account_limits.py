@@ -33,8 +33,8 @@ class Level:
     Attributes:
         name: as shown to users, such as ``QOS short``.
         wall: seconds of a job.
-        tres: largest amounts by limit (``MaxTRES`` of a job; ``MaxTRESPU``, ``MaxTRESPA`` and ``GrpTRES`` of all jobs of a user, of
-            an account and of the level at the same time) and kind of resource (``cpu``, ``node``, ``gres/gpu``, ``mem`` in MB).
+        tres: largest amounts by limit (``MaxTRES`` of a job; ``MaxTRESPU``, ``MaxTRESPA`` and ``GrpTRES`` of all jobs of a user,
+            of an account and of the level at the same time) and by kind (``cpu``, ``node``, ``gres/gpu``, ``mem`` in MB).
         jobs: jobs in the queue at the same time by limit: ``MaxSubmit`` of the user, ``MaxSubmitPA`` and ``GrpSubmit`` as above.
         over_partition: whether a QOS comes before that of the partition when it is the job's (flag ``OverPartQOS``).
     """
