@@ -30,7 +30,8 @@ def sigreg(
 
     Returns:
         Scalar without a unit, fp32 or fp64, at least 0; equal on all ranks. It grows with the number of samples if the features
-        are not normally distributed, and stays of the order of 1 if they are. Its gradient is scaled for an engine that averages gradients over ranks.
+        are not normally distributed, and stays of the order of 1 if they are. Its gradient is scaled for an engine that averages
+        gradients over ranks.
     """
     with torch.autocast(x.device.type, enabled=False):
         wide = x if x.dtype == torch.float64 else x.float()
