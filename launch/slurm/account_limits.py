@@ -218,7 +218,7 @@ def never_runs(profile: ClusterProfile, accounts: Accounts, partition: str | Non
         for key, most in level.tres.items():
             first.setdefault(key, (most, level.name))
     for kind, needed in _needed(profile).items():
-        least = min((found for (_, of), found in first.items() if of == kind), default=None)
+        least = min((limit for (_, of), limit in first.items() if of == kind), default=None)
         if least is not None and needed > least[0]:
             reasons.append(f"{needed} {_UNITS[kind]} exceed the limit of {least[0]} of {least[1]}")
     return reasons

@@ -199,12 +199,12 @@ def enforced(facts: Mapping[str, str]) -> frozenset[str]:
         facts: :func:`settings`; each enforcing word implies ``associations``, and ``safe`` implies ``limits``
             (https://slurm.schedmd.com/slurm.conf.html, AccountingStorageEnforce).
     """
-    words = {word.strip() for word in facts.get("AccountingStorageEnforce", "").lower().split(",")}
-    if "all" in words:
+    options = {option.strip() for option in facts.get("AccountingStorageEnforce", "").lower().split(",")}
+    if "all" in options:
         return frozenset({"associations", "limits", "qos"})
-    implied = {"associations"} if words & {"associations", "limits", "safe", "qos", "wckeys"} else set()
-    implied |= {"limits"} if words & {"limits", "safe"} else set()
-    return frozenset(implied | (words & {"qos"}))
+    implied = {"associations"} if options & {"associations", "limits", "safe", "qos", "wckeys"} else set()
+    implied |= {"limits"} if options & {"limits", "safe"} else set()
+    return frozenset(implied | (options & {"qos"}))
 
 
 def user() -> str | None:

@@ -41,6 +41,6 @@ def run_probe(
                 os.killpg(process.pid, signal.SIGKILL)
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
-            hint = "Measure with smaller sizes, or on a machine with more free processors"
+            hint = "Use smaller sizes, or a machine with more free processors"
             raise ConfigError(f"{what} did not end within {limit:g} s", where=where, hint=hint) from None
     return subprocess.CompletedProcess(argv, process.returncode, output, errors)
