@@ -119,6 +119,11 @@ class Sending:
         subject: one line.
         lines: of the text.
         only: names of the channels to use; by default all that are set.
+
+    Attributes:
+        event: as given.
+        subject: as given, made printable and cut to 200 characters.
+        lines: of the text, as given; what is sent of them has its secrets masked and at most 8000 characters.
     """
 
     def __init__(

@@ -27,16 +27,20 @@ class DataCost:
         index: cost of the index.
         indexed: whether the index is there already.
         ranks: ranks of each node.
+        selected: whether selections leave out samples, which are counted as if they were used.
     """
 
     reading: Reading
     index: IndexCost
     indexed: bool
     ranks: int
+    selected: bool = False
 
 
 def data_cost(config: Config, *, ranks: int, nodes: int, shards: int, samples: int | None) -> DataCost | None:
-    """Estimates from the index of the run's shards, or from some shards that are indexed for it; ``None`` without either.
+    """Estimates from the index of the run's shards, or from their sizes or some shards that are indexed for it.
+
+    Without an index, asks the storage for all shards, also a remote one, and reads the shards that are indexed.
 
     Args:
         config: the settings.
@@ -45,16 +49,19 @@ def data_cost(config: Config, *, ranks: int, nodes: int, shards: int, samples: i
         shards: how many shards to index, if there is no index.
         samples: usable samples, if they are known.
 
+    Returns:
+        The cost; ``None``, and nothing was asked, if there is no index and neither ``shards`` nor ``samples`` is given.
+
     Raises:
-        DataError, ConfigError: the shards cannot be found or indexed.
+        DataError, ConfigError: the shards cannot be found or indexed, or have fewer samples than a batch.
     """
     batch, block = config.train.global_batch_size, config.data.shuffle_block_size
 
     def streams_of(extents: Sequence[Extent]) -> int:
         return num_streams(batch, config.data.canonical_streams or default_streams(batch, ranks, extents, block), block)
 
-    indexer = Indexer(config)
-    existing = indexer.existing()
+    selected = bool(config.data.selection_files)
+    existing = Indexer(config).existing()
     if existing is not None:
         manifest, sources = existing
         streams = streams_of(extents_of(manifest.sizes, manifest.shards.sizes, sources))
@@ -64,22 +71,23 @@ def data_cost(config: Config, *, ranks: int, nodes: int, shards: int, samples: i
             Part(int(manifest.sizes[low:high].sum()), high - low, int(manifest.shards.sizes[low:high].sum()), fraction)
             for (low, high), fraction in zip(ranges, fractions, strict=True)
         )
-        index = of_manifest(manifest)
+        reading = Reading(parts, batch, streams, block, nodes)
+        return DataCost(reading, of_manifest(manifest), True, ranks // nodes, selected)
+    if not shards and not samples:
+        return None
+    store = open_storage(config, at_start=True)
+    answers = store.stats(storage.expand(list(config.data.patterns), store))
+    abouts = [about for about in answers if not isinstance(about, DataError)]
+    if not abouts:
+        raise next(answer for answer in answers if isinstance(answer, DataError))
+    if shards:
+        part, index = surveyed(abouts, fields(config), store, shards)
     else:
-        store = open_storage(config, at_start=True)
-        urls = storage.expand(list(config.data.patterns), store)
-        abouts = [about for about in store.stats(urls) if not isinstance(about, DataError)]
-        if not abouts or not (shards or samples):
-            return None
-        if shards:
-            part, index = surveyed(abouts, fields(config), store, shards)
-        else:
-            size = sum(about.size for about in abouts)
-            part, index = Part(1, len(abouts), size), IndexCost(size, None, 0.0, 0.0)
-        parts = (Part(samples, part.shards, part.size) if samples else part,)  # of a mixture, as if it were one data set
-        streams = streams_of([Extent(int(one.samples), one.shards, one.size) for one in parts])
-    reading = Reading(parts, batch, streams, block, nodes)
-    return DataCost(reading, index, existing is not None, ranks // nodes)
+        size = sum(about.size for about in abouts)
+        part, index = Part(1, len(abouts), size), IndexCost(size, None, 0.0, 0.0)
+    parts = (Part(samples, part.shards, part.size) if samples else part,)  # of a mixture, as if it were one data set
+    streams = streams_of([Extent(int(one.samples), one.shards, one.size) for one in parts])
+    return DataCost(Reading(parts, batch, streams, block, nodes), index, False, ranks // nodes, selected)
 
 
 def data(
@@ -89,13 +97,14 @@ def data(
     out = console or Terminal()
     try:
         cost = data_cost(config, ranks=ranks, nodes=nodes, shards=shards, samples=samples)
+        shown = lines(cost) if cost is not None else []
     except (DataError, ConfigError) as error:
         out.print(f"Data are not estimated: {error}", style="dim", markup=False)
         return None
     if cost is None:
         out.print("Data are not estimated: the shards are not indexed; --index-shards 3 indexes three of them.", style="dim")
         return None
-    for line in lines(cost):
+    for line in shown:
         out.print(line, markup=False)
     return cost
 
@@ -113,6 +122,8 @@ def lines(cost: DataCost) -> list[str]:
         f"Bytes downloaded for each byte used: {_ratio(reading, 0, steps)} in the first {steps:,} steps, "
         f"{_ratio(reading, 0, reading.steps_per_epoch)} in an epoch.",
     ]
+    if cost.selected:
+        out.append("Selections are not counted: the figures are those of all samples, of which a run with them reads fewer.")
     most = 2 * cost.ranks
     fewer = reading.fewer_streams(most)
     heavy = reading.shards(0, 1) > most or reading.amplification(0, steps) > _GOOD

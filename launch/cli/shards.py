@@ -206,7 +206,11 @@ def pack(
     outage_timeout: shards_bucket.OutageOption = 60.0,
     selection: SelectionOption = None,
     part: Annotated[
-        str | None, typer.Option(help="Pack only one part of SOURCE, such as 3/16; its shards begin with PREFIX_00003of00016.")
+        str | None,
+        typer.Option(
+            help="Pack only one part of SOURCE, such as 3/16; its shards begin with PREFIX_00003of00016. "
+            "Keys that shards of two parts have in common are not numbered."
+        ),
     ] = None,
 ) -> None:
     """Write shuffled WebDataset shards. If interrupted, the same command continues and produces identical bytes.

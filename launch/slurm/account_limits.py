@@ -1,13 +1,12 @@
 """Limits of accounts and of qualities of service (QOS): what Slurm would keep waiting for ever is refused before.
 
-Slurm accepts such a job and shows it as pending with a reason such as ``QOSMaxWallDurationPerJobLimit``. Of the levels that set a
-limit only the first counts: the partition's QOS, the job's QOS, the association of user and account, and the account's own
-(https://slurm.schedmd.com/resource_limits.html).
+Slurm accepts such a job and shows it as pending with a reason such as ``QOSMaxWallDurationPerJobLimit``. Of the levels that set
+the same limit only the first counts: the partition's QOS, the job's QOS, the association of user and account, and the account's
+own (https://slurm.schedmd.com/resource_limits.html).
 """
 
 from __future__ import annotations
 
-import getpass
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -19,8 +18,9 @@ from launch.slurm.profile import ClusterProfile, seconds
 from pipeline.errors import LaunchError
 from pipeline.runtime.clock import clock
 
-_QOS = ("Name", "Flags", "MaxWall", "MaxTRES", "MaxTRESPU", "MaxTRESPA", "GrpTRES", "MaxSubmitPU", "MaxSubmitPA")
+_QOS = ("Name", "Flags", "MaxWall", "MaxTRES", "MaxTRESPU", "MaxTRESPA", "GrpTRES", "MaxSubmitPU", "MaxSubmitPA", "GrpSubmit")
 _ASSOCIATION = ("Account", "User", "Partition", "QOS", "DefaultQOS", "MaxWall", "MaxTRES", "GrpTRES", "MaxSubmit", "GrpSubmit")
+_JOB_LIMITS = {"MaxSubmit": "MaxSubmit", "MaxSubmitPU": "MaxSubmit", "MaxSubmitPA": "MaxSubmitPA", "GrpSubmit": "GrpSubmit"}
 _CHOICES = ("--account", "-A", "--qos", "-q")  # of sbatch
 _VARIABLES = {"SBATCH_ACCOUNT", "SBATCH_QOS"}
 _UNITS = {"cpu": "CPUs", "node": "nodes", "gres/gpu": "GPUs", "mem": "MB of memory"}
@@ -33,17 +33,17 @@ class Level:
     Attributes:
         name: as shown to users, such as ``QOS short``.
         wall: seconds of a job.
-        tres: largest amount by kind of resource (``cpu``, ``node``, ``gres/gpu``, ``mem`` in MB), of a job, or of all jobs of the
-            user or the account at the same time, whichever is least.
-        jobs: jobs in the queue at the same time.
-        first: whether it comes before the partition's QOS.
+        tres: largest amounts by limit (``MaxTRES`` of a job; ``MaxTRESPU``, ``MaxTRESPA`` and ``GrpTRES`` of all jobs of a user,
+            of an account and of the level at the same time) and by kind (``cpu``, ``node``, ``gres/gpu``, ``mem`` in MB).
+        jobs: jobs in the queue at the same time by limit: ``MaxSubmit`` of the user, ``MaxSubmitPA`` and ``GrpSubmit`` as above.
+        over_partition: whether a QOS comes before that of the partition when it is the job's (flag ``OverPartQOS``).
     """
 
     name: str
     wall: int | None = None
-    tres: Mapping[str, int] = field(default_factory=dict)
-    jobs: int | None = None
-    first: bool = False
+    tres: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    jobs: Mapping[str, int] = field(default_factory=dict)
+    over_partition: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class Accounts:
         qos: limits by name.
         of_account: limits of the accounts themselves, by name.
         limited: whether limits are enforced, and not the accounts only.
+        qos_enforced: whether a job's QOS must be one of its association; otherwise Slurm takes any.
     """
 
     associations: Sequence[Association] = ()
@@ -82,6 +83,7 @@ class Accounts:
     qos: Mapping[str, Level] = field(default_factory=dict)
     of_account: Mapping[str, Level] = field(default_factory=dict)
     limited: bool = True
+    qos_enforced: bool = True
 
     def choose(self, profile: ClusterProfile, partition: str | None) -> Association | None:
         """The association that a job would use; ``None`` if the user has none for it."""
@@ -91,16 +93,18 @@ class Accounts:
 
 
 def ask() -> Accounts | None:
-    """Ask Slurm; ``None`` where accounts are not enforced or the accounting does not answer: then Slurm itself decides.
+    """Ask Slurm; ``None`` where accounts are not enforced, the accounting does not answer, or the user has no name.
+
+    Then Slurm itself decides.
 
     Raises:
         LaunchError: the controller does not answer.
     """
     settings = tools.settings()
-    enforced = settings.get("AccountingStorageEnforce", "none").lower()
-    if not tools.keeps_accounts(settings) or enforced in ("none", "(null)", ""):
+    enforced, user = tools.enforced(settings), tools.user()
+    if not tools.keeps_accounts(settings) or not enforced or user is None:
         return None
-    cluster, user = settings.get("ClusterName", ""), getpass.getuser()
+    cluster = settings.get("ClusterName", "")
     try:
         own = _rows("associations", _ASSOCIATION, f"user={user}", f"cluster={cluster}")
         default = _rows("user", ("DefaultAccount",), user)
@@ -108,7 +112,7 @@ def ask() -> Accounts | None:
         qualities = _rows("qos", _QOS)
     except LaunchError:
         return None
-    return read(own, default, every, qualities, limited="limits" in enforced or "safe" in enforced)
+    return read(own, default, every, qualities, limited="limits" in enforced, qos_enforced="qos" in enforced)
 
 
 def read(
@@ -118,6 +122,7 @@ def read(
     qualities: Sequence[Mapping[str, str]],
     *,
     limited: bool = True,
+    qos_enforced: bool = True,
 ) -> Accounts:
     """Reads rows of ``sacctmgr show``.
 
@@ -127,6 +132,7 @@ def read(
         every: associations of all accounts.
         qualities: all QOS.
         limited: whether limits are enforced.
+        qos_enforced: whether a QOS must be one of the association.
     """
     return Accounts(
         tuple(
@@ -144,7 +150,10 @@ def read(
         next((row["DefaultAccount"] for row in default), ""),
         {
             row["Name"]: _level(
-                f"QOS {row['Name']}", row, ("MaxTRES", "MaxTRESPU", "MaxTRESPA", "GrpTRES"), ("MaxSubmitPU", "MaxSubmitPA")
+                f"QOS {row['Name']}",
+                row,
+                ("MaxTRES", "MaxTRESPU", "MaxTRESPA", "GrpTRES"),
+                ("MaxSubmitPU", "MaxSubmitPA", "GrpSubmit"),
             )
             for row in qualities
         },
@@ -154,15 +163,17 @@ def read(
             if not row["User"]
         },
         limited,
+        qos_enforced,
     )
 
 
-def check(profile: ClusterProfile, partition: limits.Partition | None) -> tuple[list[str], str]:
+def check(profile: ClusterProfile, partition: limits.Partition | None, *, membership: bool = True) -> tuple[list[str], str]:
     """Ask Slurm why a job is refused or would wait for ever, and whether no second job may wait for its end.
 
     Args:
         profile: the cluster profile.
         partition: the job's partition; ``None`` where Slurm chooses it.
+        membership: whether to name an account or a QOS that is not the user's; their limits are not known then.
 
     Returns:
         One sentence per reason, none if the job can run; and a sentence about the second job, or nothing.
@@ -174,6 +185,8 @@ def check(profile: ClusterProfile, partition: limits.Partition | None) -> tuple[
     if chosen_elsewhere or (accounts := ask()) is None:
         return [], ""
     name, qos = (partition.name, partition.qos) if partition is not None else (None, "")
+    if refusal := not_admitted(profile, accounts, name):
+        return [refusal] if membership else [], ""
     if reasons := never_runs(profile, accounts, name, qos):
         return reasons, ""
     most = most_jobs(profile, accounts, name, qos)
@@ -191,15 +204,8 @@ def never_runs(profile: ClusterProfile, accounts: Accounts, partition: str | Non
         partition: the job's partition.
         partition_qos: the partition's QOS, if it has one.
     """
-    association = accounts.choose(profile, partition)
-    if association is None:
-        known = ", ".join(sorted({one.account for one in accounts.associations}))
-        what = f"account {profile.account} is not one of yours" if profile.account else "you have no default account"
-        return [f"{what} ({known})" if known else "you may use no account of this cluster"]
-    if profile.qos is not None and association.qos and profile.qos.lower() not in association.qos:
-        return [
-            f"QOS {profile.qos} is not one of yours with account {association.account} ({', '.join(sorted(association.qos))})"
-        ]
+    if refusal := not_admitted(profile, accounts, partition):
+        return [refusal]
     if not accounts.limited:
         return []
     levels = levels_of(profile, accounts, partition, partition_qos)
@@ -207,11 +213,28 @@ def never_runs(profile: ClusterProfile, accounts: Accounts, partition: str | Non
     wall = next((level for level in levels if level.wall is not None), None)
     if wall is not None and wall.wall is not None and profile.seconds > wall.wall:
         reasons.append(f"time {profile.time} exceeds the limit of {clock(wall.wall)} of {wall.name}")
+    first: dict[tuple[str, str], tuple[int, str]] = {}
+    for level in levels:
+        for key, most in level.tres.items():
+            first.setdefault(key, (most, level.name))
     for kind, needed in _needed(profile).items():
-        level = next((level for level in levels if kind in level.tres), None)
-        if level is not None and needed > level.tres[kind]:
-            reasons.append(f"{needed} {_UNITS[kind]} exceed the limit of {level.tres[kind]} of {level.name}")
+        least = min((limit for (_, of), limit in first.items() if of == kind), default=None)
+        if least is not None and needed > least[0]:
+            reasons.append(f"{needed} {_UNITS[kind]} exceed the limit of {least[0]} of {least[1]}")
     return reasons
+
+
+def not_admitted(profile: ClusterProfile, accounts: Accounts, partition: str | None) -> str:
+    """Why the user may not use the job's account or QOS; empty if they may. Arguments as above."""
+    association = accounts.choose(profile, partition)
+    if association is None:
+        known = ", ".join(sorted({one.account for one in accounts.associations}))
+        what = f"account {profile.account} is not one of yours" if profile.account else "you have no default account"
+        return f"{what} ({known})" if known else "you may use no account of this cluster"
+    unknown = profile.qos is not None and association.qos and profile.qos.lower() not in association.qos
+    if accounts.qos_enforced and unknown:
+        return f"QOS {profile.qos} is not one of yours with account {association.account} ({', '.join(sorted(association.qos))})"
+    return ""
 
 
 def most_jobs(
@@ -219,7 +242,11 @@ def most_jobs(
 ) -> tuple[int, str] | None:
     """The largest number of jobs in the queue and what limits it; ``None`` if nothing does. Arguments as above."""
     levels = levels_of(profile, accounts, partition, partition_qos) if accounts.limited else []
-    return next(((level.jobs, level.name) for level in levels if level.jobs is not None), None)
+    first: dict[str, tuple[int, str]] = {}
+    for level in levels:
+        for limit, most in level.jobs.items():
+            first.setdefault(limit, (most, level.name))
+    return min(first.values(), default=None)
 
 
 def levels_of(profile: ClusterProfile, accounts: Accounts, partition: str | None, partition_qos: str) -> list[Level]:
@@ -231,7 +258,7 @@ def levels_of(profile: ClusterProfile, accounts: Accounts, partition: str | None
     only = next(iter(association.qos)) if len(association.qos) == 1 else "normal"
     own = accounts.qos.get((profile.qos or association.default_qos or only).lower())
     both = [accounts.qos.get(partition_qos), own]
-    if own is not None and own.first:
+    if own is not None and own.over_partition:
         both.reverse()
     return [level for level in (*both, association.level, accounts.of_account.get(association.account)) if level is not None]
 
@@ -247,20 +274,20 @@ def _needed(profile: ClusterProfile) -> dict[str, int]:
 
 
 def _level(name: str, row: Mapping[str, str], resources: Sequence[str], jobs: Sequence[str]) -> Level:
-    amounts: dict[str, int] = {}
+    amounts: dict[tuple[str, str], int] = {}
     for key in resources:
         for pair in row.get(key, "").split(","):
             kind, equals, text = pair.partition("=")
             if equals and kind in _UNITS and (amount := _amount(kind, text)) is not None:
-                amounts[kind] = min(amount, amounts.get(kind, amount))
-    numbers = [int(row[key]) for key in jobs if row.get(key, "").isdecimal()]
+                amounts[key, kind] = amount
+    numbers = {_JOB_LIMITS[key]: int(row[key]) for key in jobs if row.get(key, "").isdecimal()}
     wall = None
     if text := row.get("MaxWall", ""):
         try:
             wall = seconds(text)
         except ValueError:
             wall = None
-    return Level(name, wall, amounts, min(numbers, default=None), "OverPartQOS" in row.get("Flags", ""))
+    return Level(name, wall, amounts, numbers, "OverPartQOS" in row.get("Flags", ""))
 
 
 def _amount(kind: str, text: str) -> int | None:

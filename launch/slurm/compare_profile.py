@@ -6,10 +6,11 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from launch.slurm import limits
+from launch.slurm import slurm_commands as tools
 from launch.slurm.profile import ClusterProfile, seconds
 from launch.slurm.site import NodeFacts, Site
 from pipeline.runtime.clock import clock
@@ -96,29 +97,40 @@ class _Comparison:
         return ("ok" if state == "UP" else "bad"), f"{self.name}{chosen}, {len(self.nodes_here)} nodes, {state}"
 
     def account(self) -> Answer:
-        own, required = self.profile.account, "associations" in self.site.settings.get("AccountingStorageEnforce", "")
+        own, required = self.profile.account, "associations" in tools.enforced(self.site.settings)
         if self.site.accounts is None:
             return ("note", f"{own}: Slurm keeps no accounts here and takes any name") if own else ("ok", "none is needed")
         known = ", ".join(sorted(self.site.accounts))
         if own is None:
             return ("note" if required else "ok"), "your default account" if known else "none", f"yours: {known}" if known else ""
         allowed = self.partition.get("AllowAccounts")
-        if allowed not in _UNLIMITED and own not in str(allowed).split(","):
+        if allowed not in _UNLIMITED and own.lower() not in str(allowed).lower().split(","):
             return "bad", f"{own} may not use the partition", f"it admits {allowed}"
-        return (
-            ("ok", own) if own in self.site.accounts else ("bad", f"{own} is not an account of yours", f"choose one of {known}")
-        )
+        return self._of_user(own, set(self.site.accounts), "an account", required)
 
     def qos(self) -> Answer:
         own, allowed = self.profile.qos, self.partition.get("AllowQos")
         if own is None:
             return "ok", "the default"
-        if allowed not in _UNLIMITED and own not in str(allowed).split(","):
+        if allowed not in _UNLIMITED and own.lower() not in str(allowed).lower().split(","):
             return "bad", f"{own} may not be used in the partition", f"it admits {allowed}"
         if self.site.accounts is None:
             return "note", f"{own}: Slurm keeps no accounts here, so it has none"
         known = set().union(*self.site.accounts.values())
-        return ("ok", own) if own in known else ("bad", f"{own} is not one of yours", f"choose one of {', '.join(sorted(known))}")
+        return self._of_user(own, known, "one", "qos" in tools.enforced(self.site.settings))
+
+    def _of_user(self, own: str, known: set[str], what: str, required: bool) -> Answer:
+        """Whether a name, in which case does not count, is one of the user's."""
+        if own.lower() in known:
+            return "ok", own
+        if not known:
+            return "note", f"{own}: those of yours are not known"
+        advice = f"choose one of {', '.join(sorted(known))}"
+        return (
+            ("bad", f"{own} is not {what} of yours", advice)
+            if required
+            else ("note", f"{own} is not {what} of yours, which Slurm does not require", advice)
+        )
 
     def constraint(self) -> Answer:
         own = self.profile.constraint
@@ -238,3 +250,8 @@ def compare(profile: ClusterProfile, site: Site) -> Iterator[Finding]:
         if answer is not None:
             yield answer[0], f"{name}: {printable(answer[1])}", printable(answer[2]) if len(answer) == 3 else ""
     yield "ok", f"not known to Slurm: {', '.join(OWN)}", ""
+
+
+def bad_fields(findings: Iterable[Finding]) -> set[str]:
+    """Names of the fields that :func:`compare` calls bad."""
+    return {what.partition(":")[0] for state, what, _ in findings if state == "bad"}

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from launch.slurm import account_limits, limits, site
 from launch.slurm import slurm_commands as tools
-from launch.slurm.compare_profile import Finding, compare
+from launch.slurm.compare_profile import Finding, bad_fields, compare
 from launch.slurm.profile import ClusterProfile, load
 from pipeline.errors import LaunchError
 from pipeline.runtime.gpus import shown, visible
@@ -50,11 +50,13 @@ def examine(cluster: str | None) -> Iterator[Finding]:
                 f"jobs have {grace:.0f} s to end after SIGTERM (KillWait)",
                 "steps that are not saved by then are repeated",
             )
+        findings: list[Finding] = []
         try:
-            yield from compare(profile, site.ask())
+            findings += compare(profile, site.ask())
         except LaunchError as error:
-            yield "bad", error.what, error.hint
-        yield from _limits(profile)
+            findings.append(("bad", error.what, error.hint))
+        yield from findings
+        yield from _limits(profile, membership=not bad_fields(findings) & {"account", "qos"})
         if profile.container and not _pyxis():
             yield (
                 "bad",
@@ -63,11 +65,11 @@ def examine(cluster: str | None) -> Iterator[Finding]:
             )
 
 
-def _limits(profile: ClusterProfile) -> Iterator[Finding]:
-    """Whether the profile's job could run in its partition."""
+def _limits(profile: ClusterProfile, *, membership: bool) -> Iterator[Finding]:
+    """Whether the profile's job could run in its partition, and, if wanted, whether account and QOS are the user's."""
     try:
         available = limits.partition(profile.partition)
-        refused, note = account_limits.check(profile, available)
+        refused, note = account_limits.check(profile, available, membership=membership)
     except LaunchError:
         return
     reasons = limits.never_runs(profile, available) if available is not None else []

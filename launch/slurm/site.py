@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import getpass
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +63,8 @@ class Site:
         settings: ``scontrol show config``.
         partitions: facts of each partition, by name.
         nodes: all nodes.
-        accounts: accounts and qualities of service that this user may use; ``None`` where Slurm keeps no accounts.
+        accounts: accounts and qualities of service that this user may use; ``None`` where Slurm keeps no accounts,
+            empty where they are not known.
         reservations: names.
         interfaces: network interfaces of this machine, which may not be those of the nodes.
     """
@@ -135,8 +135,9 @@ def _node(row: Mapping[str, str]) -> NodeFacts:
 
 
 def _accounts() -> dict[str, frozenset[str]]:
-    """Accounts of this user, each with its qualities of service; empty where ``sacctmgr`` does not answer."""
-    user = getpass.getuser()
+    """Accounts of this user, each with its qualities of service; empty where ``sacctmgr`` names none."""
+    if (user := tools.user()) is None:
+        return {}
     text = _quiet("sacctmgr", "--noheader", "--parsable2", "show", "associations", f"user={user}", "format=account,qos")
     rows = [line.split("|") for line in text.splitlines()]
     return {row[0]: frozenset(_list(row[1])) for row in rows if len(row) == 2 and row[0]}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 import re
 import shutil
 import subprocess
@@ -188,6 +190,29 @@ def keeps_accounts(facts: Mapping[str, str]) -> bool:
     """
     kind = facts.get("AccountingStorageType", "")
     return kind not in ("", "(null)") and "none" not in kind
+
+
+def enforced(facts: Mapping[str, str]) -> frozenset[str]:
+    """What Slurm enforces of ``associations``, ``limits`` and ``qos``; nothing where it only records (``nojobs``, ``nosteps``).
+
+    Args:
+        facts: :func:`settings`; each enforcing word implies ``associations``, and ``safe`` implies ``limits``
+            (https://slurm.schedmd.com/slurm.conf.html, AccountingStorageEnforce).
+    """
+    options = {option.strip() for option in facts.get("AccountingStorageEnforce", "").lower().split(",")}
+    if "all" in options:
+        return frozenset({"associations", "limits", "qos"})
+    implied = {"associations"} if options & {"associations", "limits", "safe", "qos", "wckeys"} else set()
+    implied |= {"limits"} if options & {"limits", "safe"} else set()
+    return frozenset(implied | (options & {"qos"}))
+
+
+def user() -> str | None:
+    """The login name of the effective user ID, by which Slurm knows the user whatever ``$LOGNAME`` says; ``None`` without one."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return None
 
 
 def nodes(expression: str) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.bench.probes import run_probe
 from pipeline.errors import ConfigError
 from pipeline.runtime.interpreter import ROOT
 
@@ -116,7 +116,7 @@ def measure(options: Options, *, log: Callable[[str], None]) -> Result:
         log: called with a line after each start.
 
     Raises:
-        ConfigError: a start failed.
+        ConfigError: a start failed, or did not end in time.
     """
     from pipeline.data.pack import synthetic
 
@@ -145,22 +145,16 @@ def _free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def _probe(start: Start) -> dict[str, Any]:
+def _probe(start: Start, limit: float = _LIMIT) -> dict[str, Any]:
     lazy = "0" if start.mesh else "1"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     environment["TORCH_GLOO_LAZY_INIT"] = lazy  # otherwise small jobs would be connected in another way than large ones
-    done = subprocess.run(
-        [sys.executable, "-P", str(_PROBE), json.dumps(asdict(start))],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=_LIMIT,
-    )
+    argv = [sys.executable, "-P", str(_PROBE), json.dumps(asdict(start))]
+    what, where = f"the start on {start.world} ranks", "bench large-job"
+    done = run_probe(argv, environment, limit=limit, what=what, where=where)
     if done.returncode:
         last = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise ConfigError(f"the start on {start.world} ranks failed ({last})", where="bench large-job", hint="See the message")
+        raise ConfigError(f"{what} failed ({last})", where=where, hint="See the message")
     document: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return document
 

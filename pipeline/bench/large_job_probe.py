@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import resource
+import signal
 import socket
 import struct
 import sys
@@ -230,8 +231,11 @@ def _forked(start: Start, config: Any, rank: int) -> int:
     try:
         result = _rank(start, config, rank)
         (Path(start.folder) / f"rank-{rank}.json").write_text(json.dumps(result))
-    except BaseException:  # a fork must not return into the parent's code
+    except BaseException as error:  # a fork must not return into the parent's code
         traceback.print_exc()
+        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            (Path(start.folder) / f"rank-{rank}.error").write_text(f"{type(error).__name__}: {error}")
         os._exit(1)
     os._exit(0)
 
@@ -248,14 +252,17 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # the ranks share the pages of what is there
     children = {_forked(start, config, rank): rank for rank in range(start.world)}
-    failed = []
+    failed: int | None = None
     while children:
         child, status = os.wait()
         rank = children.pop(child)
-        if status:
-            failed.append(rank)
-    if failed:
-        sys.exit(f"{len(failed)} of {start.world} ranks failed, such as rank {failed[0]}")
+        if status and failed is None:
+            failed = rank
+            for other in children:  # they would wait for it until their timeout
+                os.kill(other, signal.SIGKILL)
+    if failed is not None:
+        file = Path(start.folder) / f"rank-{failed}.error"
+        sys.exit(f"rank {failed} of {start.world}: {' '.join(file.read_text().split()) if file.exists() else 'killed'}")
     results = [json.loads((Path(start.folder) / f"rank-{rank}.json").read_text()) for rank in range(start.world)]
     right = all(
         np.array_equal(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.bench.probes import run_probe
 from pipeline.bench.streams import Compared, Default, Mixing, Shape
 from pipeline.bench.streams import markdown as streams_markdown
 from pipeline.errors import ConfigError
@@ -152,22 +152,15 @@ def measure(options: Options, *, log: Callable[[str], None]) -> list[Curve]:
     return list(curves.values())
 
 
-def _probe(root: Path, name: str, options: Mapping[str, Any]) -> dict[str, float]:
+def _probe(root: Path, name: str, options: Mapping[str, Any], limit: float = _LIMIT) -> dict[str, float]:
     if "folder" in options:
         Path(str(options["folder"])).mkdir(exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-P", str(_PROBE), name, json.dumps(options)],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=_LIMIT,
-    )
+    argv, what = [sys.executable, "-P", str(_PROBE), name, json.dumps(options)], f"the measurement {name} of {root}"
+    done = run_probe(argv, environment, limit=limit, what=what, where="bench scale")
     if done.returncode:
         last = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise ConfigError(f"the measurement {name} of {root} failed ({last})", where="bench scale", hint="See the message")
+        raise ConfigError(f"{what} failed ({last})", where="bench scale", hint="See the message")
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
 

@@ -21,7 +21,6 @@ from pipeline.data.index.fields import Fields
 from pipeline.data.index.manifest import CACHE_BYTES, Manifest
 from pipeline.data.index.shard_table import FILE, Shard, ShardTable
 from pipeline.data.index.sidecar import COLUMNS
-from pipeline.data.order.order import rank_slice
 from pipeline.errors import ConfigError
 
 _COPIES = 64  # of a summary, in the table whose size is measured
@@ -54,7 +53,10 @@ class Reading:
         global_batch: samples per step, over all nodes.
         streams: number of streams of the order.
         block_size: samples that are shuffled together in a stream.
-        nodes: nodes with equally many ranks each.
+        nodes: nodes that share a batch as evenly as possible.
+
+    Raises:
+        ConfigError: a data set has fewer samples than a batch, or one of several fewer than there are streams.
     """
 
     parts: tuple[Part, ...]
@@ -62,6 +64,16 @@ class Reading:
     streams: int
     block_size: int
     nodes: int = 1
+
+    def __post_init__(self) -> None:
+        need, what = (self.global_batch, "one global batch") if len(self.parts) == 1 else (self.streams, "the streams")
+        for part in self.parts:
+            if part.samples < need:
+                raise ConfigError(
+                    f"a data set of {part.samples} samples in {part.shards} shards has fewer than {what} of {need}",
+                    where="data",
+                    hint="Add shards or lower train.global_batch_size",
+                )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -71,8 +83,9 @@ class Reading:
 
     def node_streams(self, node: int) -> int:
         """Number of streams that a node reads."""
-        each, rows = self.global_batch // self.streams, rank_slice(self.global_batch, self.nodes, node)
-        return -(-rows.stop // each) - rows.start // each
+        each = self.global_batch // self.streams
+        first, last = (self.global_batch * (node + more) // self.nodes for more in (0, 1))
+        return -(-last // each) - first // each if last > first else 0
 
     def shards(self, first: int, last: int, node: int = 0) -> float:
         """Expected number of shards that a node needs for the steps ``[first, last)`` of an epoch."""
@@ -118,6 +131,8 @@ class Reading:
 
 def _touched(part: Part, streams: int, length: float, span: int) -> float:
     """Expected number of shards of pieces of some length that begin ``span`` samples apart, at a random place."""
+    if not streams:
+        return 0.0
     shard = part.samples / part.shards
     apart = max(0.0, 1 - (span - length + 1) / shard)  # probability that a piece ends in the shard in which the next one begins
     return min(streams * (1 + (length - 1) / shard) - (streams - 1) * apart, part.shards)

@@ -21,14 +21,17 @@ def sigreg(
     its integrand is even and 0 at 0, only the positive points are computed. Memory does not grow with the number of knots.
 
     Args:
-        x: ``[views, n, width]``, this rank's features; the same number on every rank.
+        x: ``[views, n, width]``, this rank's features, of any floating dtype; the same number on every rank. The test is for a
+            standard deviation of 1 in the unit of the features.
         directions: unit vectors ``[width, slices]``, equal on all ranks; see :func:`random_directions`.
         knots: points of the integral, odd.
-        limit: where the integral ends.
+        limit: largest ``t`` of the integral, in radians per unit of the features.
         group: ranks; without a process group, this process alone.
 
     Returns:
-        Scalar, equal on all ranks. Its gradient is scaled for an engine that averages gradients over ranks.
+        Scalar without a unit, fp32 or fp64, at least 0; equal on all ranks. It grows with the number of samples if the features
+        are not normally distributed, and stays of the order of 1 if they are. Its gradient is scaled for an engine that averages
+        gradients over ranks.
     """
     with torch.autocast(x.device.type, enabled=False):
         wide = x if x.dtype == torch.float64 else x.float()
@@ -52,7 +55,7 @@ def random_directions(width: int, slices: int, seed: int, device: torch.device) 
     """Unit vectors ``[width, slices]``, uniform on the sphere, fp32; the same for a seed and a kind of device.
 
     Args:
-        width: of the features.
+        width: number of values of a feature.
         slices: number of directions.
         seed: of the draw.
         device: where they are drawn.

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+from pathlib import Path
+
 import pytest
 
 from pipeline.bench.large_job import Options, Result, Start, Started, _probe, markdown, measure
+from pipeline.data.pack import synthetic
 from pipeline.errors import ConfigError
+from tests.helpers.limits import hang_limit
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +46,11 @@ def test_the_page_has_each_phase_and_what_came_out(result: Result) -> None:
     assert "| resumed on 12 | equal | 0 |" in text
 
 
+def test_a_start_that_takes_too_long_is_a_message(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"the start on 5 ranks did not end within 0\.1 s"):
+        _probe(Start(f"{tmp_path}/none", 5, 1, 10, 1), limit=0.1)
+
+
 def test_growth_is_shown_by_its_exponent() -> None:
     costs = dict.fromkeys(("sent", "received", "messages_in", "messages_out", "opened"), 1.0)
 
@@ -51,6 +61,15 @@ def test_growth_is_shown_by_its_exponent() -> None:
     text = markdown(Result([started(n, mesh) for n in (8, 64) for mesh in (False, True)]), Options(), {}, "c")
     assert text.count("| exponent | 2.00 | | | | | 1.00 |") == 3
     assert "## Start where gloo connects each rank with each: rendezvous" in text
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_ends_the_start_of_all(tmp_path: Path) -> None:
+    synthetic.write(tmp_path / "data", train=256, val=16, size=16, seed=0, samples_per_shard=256)
+    with socket.create_server(("127.0.0.1", 0)) as taken, hang_limit(600):  # half of the ranks' own timeout
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=r"the start on 3 ranks failed \(rank 0 of 3: .*port"):
+            _probe(Start(str(tmp_path), 3, 1, 24, port))
 
 
 @pytest.mark.slow

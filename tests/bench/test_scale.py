@@ -32,6 +32,11 @@ def test_every_cost_is_measured_and_a_rank_reads_no_sidecar() -> None:
     assert read[4] < 1.3 * read[2]
 
 
+def test_a_measurement_that_takes_too_long_is_a_message(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"the measurement make of .* did not end within 0\.1 s"):
+        _probe(ROOT, "make", {"folder": str(tmp_path), "shards": 1, "rows": 1}, limit=0.1)
+
+
 def test_a_measurement_that_fails_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"the measurement make of .* failed"):
         _probe(ROOT, "make", {"folder": str(tmp_path), "shards": 1, "rows": -1})

@@ -69,6 +69,22 @@ def test_shards_and_bytes_are_those_of_the_order(
     assert reading.cache / SIZE / rows == pytest.approx(needed, rel=WITHIN, abs=1)
 
 
+def test_nodes_share_a_batch_that_they_do_not_divide() -> None:
+    part = Part(10_000, 10, 10_000 * SIZE)
+    streams = [Reading((part,), 96, 96, 64, 7).node_streams(node) for node in range(7)]
+    assert sum(streams) == 96 and set(streams) == {13, 14}
+    many = Reading((part,), 4, 4, 64, 8)
+    assert [many.node_streams(node) for node in range(8)] == [0, 1] * 4 and many.shards(0, 1, 0) == 0
+
+
+@pytest.mark.parametrize("samples", [(0,), (95,), (0, 500), (500, 30)])
+def test_sets_that_give_no_batch_are_refused(samples: tuple[int, ...]) -> None:
+    parts = tuple(Part(count, 2, 1000, 1 / len(samples)) for count in samples)
+    with pytest.raises(ConfigError, match="has fewer than") as refused:
+        Reading(parts, 96, 32, 64)
+    assert refused.value.hint
+
+
 def test_a_mixture_needs_what_its_sets_need() -> None:
     counts = np.full(3000, 1000)
     sources = (Source("large", 0, 2600, 0.7), Source("small", 2600, 400, 0.3))

@@ -20,6 +20,8 @@ from typing import Any
 
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
 
+_CODES = {"503": "SlowDown", "403": "AccessDenied", "501": "NotImplemented"}
+
 
 @dataclass
 class Trouble:
@@ -51,6 +53,7 @@ class Proxy:
         troubles: what to do wrong; change it at any time.
         seen: requests by method and path, ``"GET /bucket/key"``.
         served: bytes of bodies sent.
+        conditions: whether it knows conditional writes; without them it answers 501, as some servers do.
         on_request: called with method and path before each request.
     """
 
@@ -60,6 +63,7 @@ class Proxy:
     seen: Counter[str] = field(default_factory=Counter)
     served: int = 0
     delay: float = 0.0
+    conditions: bool = True
     on_request: Callable[[str, str], None] | None = None
     lock: Any = field(default_factory=threading.Lock)
 
@@ -128,8 +132,10 @@ def proxy(port: int) -> Iterator[Proxy]:
             kind = door.trouble(self.command, path)
             if door.delay:
                 time.sleep(door.delay)
-            if kind in ("503", "403"):
-                body = b"<Error><Code>" + (b"SlowDown" if kind == "503" else b"AccessDenied") + b"</Code></Error>"
+            if not door.conditions and self.command == "PUT" and (self.headers["If-Match"] or self.headers["If-None-Match"]):
+                kind = "501"
+            if kind in _CODES:
+                body = f"<Error><Code>{_CODES[kind]}</Code></Error>".encode()
                 self.send_response(int(kind))
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()

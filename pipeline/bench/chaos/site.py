@@ -17,6 +17,7 @@ import yaml
 
 from pipeline.bench.chaos.observe import weights
 from pipeline.bench.chaos.runs import PATIENCE, failed
+from pipeline.bench.probes import run_probe
 from pipeline.data.pack import synthetic
 from pipeline.errors import ConfigError
 from pipeline.runtime.interpreter import ROOT, module_command
@@ -97,20 +98,14 @@ class Site:
 
         Raises:
             TrainingError: it failed.
+            ConfigError: it did not end in time.
         """
         reference = self.directory / f"undisturbed-{steps}-{self.every}"
         if not reference.exists():
             made = Path(tempfile.mkdtemp(prefix=".undisturbed-", dir=self.directory))
-            done = subprocess.run(
-                self.command("train", steps, self.config, f"{self.directory / 'scenes'}/*train-*.tar", made),
-                env=self.environment(),
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                check=False,
-                stdin=subprocess.DEVNULL,
-                timeout=6 * PATIENCE,
-            )
+            command = self.command("train", steps, self.config, f"{self.directory / 'scenes'}/*train-*.tar", made)
+            limit, what, where = 6 * PATIENCE, "the undisturbed run", "fovea bench chaos"
+            done = run_probe(command, self.environment(), limit=limit, what=what, where=where, cwd=ROOT)
             if done.returncode or not weights(made, steps):
                 raise failed(f"the undisturbed run failed: {(done.stderr or done.stdout)[-500:]}")
             _claim(made, reference)

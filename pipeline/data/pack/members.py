@@ -186,6 +186,7 @@ def tars_of(
         max_file: maximum size of a member, bytes.
         images, stacked: see :class:`Members`.
         part: number, from 1, and count of parts: only every ``count``-th shard is read; other files belong to the first part.
+            Keys are unique within a part: those that shards of two parts have in common stay as they are.
 
     Raises:
         ConfigError: the part has no shard.

@@ -12,7 +12,9 @@ from pipeline.errors import ConfigError
 class SourcePart:
     """Every ``count``-th sample of a source, from the ``number``-th on; see :class:`pipeline.data.pack.samples.Source`.
 
-    What belongs to no sample is counted by the first part, so that the accounts of all parts sum to that of the source.
+    What belongs to no sample is counted by the first part, so that the accounts of all parts sum to that of the source. One
+    exception: a caption that images of several parts share counts as packed, by the part of the first of them, also if all of
+    them are left out, since no part knows that.
 
     Args:
         source: all samples.

@@ -21,18 +21,21 @@ def selected_members(source: Members, manifest: Manifest, files: Sequence[Path])
     The members of the others are left out with the reason ``unselected``.
 
     Args:
-        source: samples of shards.
-        manifest: the index of the same shards.
+        source: samples of shards, or of a part of the shards.
+        manifest: the index of all shards.
         files: the selections.
 
     Raises:
         DataError: a selection belongs to other shards or is damaged, or no sample is left.
     """
     narrowed = select(manifest, [Chosen(0, len(manifest.shards), tuple(files), "--selection")])
+    own = {part.about.url for parts in source.parts for part in parts.values()}
     chosen: set[tuple[str, int]] = set()
     other_weights = 0
     for number in range(len(narrowed.shards)):
         url = narrowed.shards[number].url
+        if url not in own:
+            continue
         chosen.update((url, int(offset)) for offset in narrowed.column(number, "image_offset"))
         other_weights += int(np.count_nonzero(narrowed.selected.units(number) != UNIT))
     kept, left_out = [], list(source.left_out)

@@ -20,7 +20,7 @@ from concurrent.futures import TimeoutError as Late
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pipeline.data.settings import StorageSettings
 from pipeline.data.storage.names import Location, ObjectStat, split
@@ -35,9 +35,16 @@ _CREDENTIAL_WORDS = ("169.254.169.254", "169.254.170.2", "metadata.google", "NoC
 _KEY_NAMES = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
 _log = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
-
+_Client = Literal["usual", "probe", "once"]  # as the settings say; for the first contact; without retries
 
 _CONDITIONS = ("PreconditionError", "AlreadyExistsError")  # of the client library: another version is there
+
+
+def _knows_no_conditions(error: Exception) -> bool:
+    """Whether the client or the server says that it cannot write conditionally."""
+    # The first match is the client's own text: a URL before it has no blanks, and the server's text comes after it.
+    status = re.search(r"Server returned non-2xx status code: (\d+)", str(error))
+    return type(error).__name__ in ("NotSupportedError", "NotImplementedError") or (status is not None and status[1] == "501")
 
 
 class StorageUnavailable(DataError):
@@ -70,7 +77,7 @@ class Remote:
 
     def __init__(self, settings: StorageSettings) -> None:
         self.settings = self._settings = settings
-        self._stores: dict[tuple[str, bool], Any] = {}
+        self._stores: dict[tuple[str, _Client], Any] = {}
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self.counters = {"bytes": 0.0, "requests": 0.0, "retries": 0.0, "seconds": 0.0}
@@ -204,7 +211,7 @@ class Remote:
     def replace_bytes(self, content: bytes, url: str, version: str) -> str:
         """Uploads a small object in place of a known version; returns its new version.
 
-        A bucket that knows no conditions (some servers compatible with S3) replaces whatever is there.
+        A bucket that knows no conditions (some servers compatible with S3, which answer 501) replaces whatever is there.
 
         Args:
             content: the object.
@@ -227,8 +234,11 @@ class Remote:
 
         def send(store: Any) -> Any:
             if mode is not None:
-                with contextlib.suppress(obstore.exceptions.NotSupportedError):
-                    return obstore.put(store, location.key, content, mode=mode)
+                try:  # by a client without retries, which it would spend on a 501
+                    return obstore.put(self._store(location, "once"), location.key, content, mode=mode)
+                except Exception as error:
+                    if not _knows_no_conditions(error):
+                        raise
             return obstore.put(store, location.key, content, chunk_size=part, max_concurrency=parallel)
 
         return str(self._with_retry(url, location, send)["e_tag"] or "")
@@ -252,7 +262,7 @@ class Remote:
     def _contact(self, url: str, location: Location) -> None:
         import obstore
 
-        store = self._store(location, probe=True, query=query_of(url))
+        store = self._store(location, "probe", query_of(url))
         try:
             if location.kind == "https" or (location.key and not glob.has_magic(location.key) and not location.key.endswith("/")):
                 try:
@@ -291,20 +301,20 @@ class Remote:
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def _store(self, location: Location, probe: bool = False, query: str = "") -> Any:
-        key = (f"{location.root}/?{query}" if query else location.root, probe)
+    def _store(self, location: Location, client: _Client = "usual", query: str = "") -> Any:
+        key = (f"{location.root}/?{query}" if query else location.root, client)
         with self._lock:
             store = self._stores.get(key)
             if store is None:
-                store = self._stores[key] = self._connect(replace(location, root=key[0]), probe)
+                store = self._stores[key] = self._connect(replace(location, root=key[0]), client)
                 if query and len(self._stores) > _CONNECTIONS:  # each signed link has its own client
                     del self._stores[next(iter(self._stores))]
             return store
 
-    def _connect(self, location: Location, probe: bool) -> Any:
+    def _connect(self, location: Location, client: _Client) -> Any:
         from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
 
-        s = self._settings
+        s, probe = self._settings, client == "probe"
         endpoint = s.endpoint or (os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
         plain = location.root.startswith("http://") or (location.kind == "s3" and endpoint.startswith("http://"))
         common: dict[str, Any] = {
@@ -314,7 +324,7 @@ class Remote:
                 "allow_http": plain or bool(s.endpoint and s.endpoint.startswith("http://")),
             },
             "retry_config": {
-                "max_retries": 1 if probe else s.retries,
+                "max_retries": {"probe": 1, "once": 0}.get(client, s.retries),
                 "retry_timeout": timedelta(seconds=5 if probe else 180),
                 "backoff": {
                     "init_backoff": timedelta(milliseconds=100),

@@ -330,6 +330,21 @@ def test_parts_of_a_folder_are_the_whole_and_their_accounts_add_up(folder: Path,
         open_source(folder, options=Options(part=(40, 40)))
 
 
+def test_what_parts_cannot_know_of_each_other_is_as_documented(folder: Path, tmp_path: Path) -> None:
+    (folder / "cat").joinpath("twice.jpg").write_bytes(b"no image")
+    (folder / "cat").joinpath("twice.png").write_bytes(b"no image")
+    (folder / "cat").joinpath("twice.txt").write_text("a caption of both")
+    whole, parts = packed(folder, tmp_path / "whole"), of_parts(folder, tmp_path / "parts", 2)
+    assert sum(part.account.seen for part in parts) == whole.account.seen
+    assert sum(part.account.companions for part in parts) == whole.account.companions + 1, "the caption counts as packed"
+    for name in ("a", "b"):  # shards with the same keys
+        packed(folder / "cat", tmp_path / "old" / name)
+        next((tmp_path / "old" / name).glob("*.tar")).rename(tmp_path / "old" / f"{name}.tar")
+    listed = [open_source(f"{tmp_path}/old/?.tar", options=Options(part=(number, 2))) for number in (1, 2)]
+    first, second = ([one.key(position, 0) for position in range(len(one))] for one in listed)
+    assert first == second and len(set(first)) == len(first), "unique within a part"
+
+
 def test_a_part_of_shards_reads_its_own_shards_alone(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed(folder, tmp_path / "old", samples_per_shard=3)
     (tmp_path / "old" / "readme.md").write_text("x")

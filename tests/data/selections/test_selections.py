@@ -25,8 +25,11 @@ from pipeline.data.index.manifest import Manifest
 from pipeline.data.indexing import Indexer
 from pipeline.data.inputs import Inputs, data_identity, prepare
 from pipeline.data.loader.reader import Reader
+from pipeline.data.pack.members import Members
+from pipeline.data.pack.sources import Options, open_source
 from pipeline.data.selections.apply import Chosen, select
 from pipeline.data.selections.file import Part, Selection, SelectionInfo, write_selection
+from pipeline.data.selections.packed import selected_members
 from pipeline.errors import DataError
 from tests.helpers import library
 from tests.helpers.runs import ROOT, TOY, command, environment, recorded, train
@@ -84,6 +87,21 @@ def test_only_selected_samples_occur_each_once_in_an_epoch(inputs: Inputs_of, tm
     assert Counter(record.key for record in reader.fetch(ids)) == Counter(expected)
     assert set(keys(some, 12)) <= expected
     assert some.train.fingerprint != whole.train.fingerprint
+
+
+def test_a_part_of_a_packing_takes_of_a_selection_what_concerns_its_shards(
+    inputs: Inputs_of, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = inputs().train
+    save(tmp_path / "some.parquet", whole, ROWS, weight=2.0)
+    source = open_source(f"{folder}/a-*.tar", options=Options(part=(1, 3)))
+    assert isinstance(source, Members)
+    read: list[int] = []
+    column = Manifest.column
+    monkeypatch.setattr(Manifest, "column", lambda own, shard, name: read.append(shard) or column(own, shard, name))
+    packed = selected_members(source, whole, [tmp_path / "some.parquet"])
+    assert read == [0] and sorted(packed.keys) == sorted(whole.rows(0).keys[row] for row in ROWS[0])
+    assert packed.remarks[-1].startswith(f"{len(ROWS[0])} samples have a weight other than 1")
 
 
 def test_the_files_of_shards_without_selected_samples_are_never_opened(inputs: Inputs_of, tmp_path: Path, folder: Path) -> None:

@@ -17,6 +17,7 @@ from pipeline.data.loader.reader import Reader
 from pipeline.data.pack import synthetic as scenes
 from pipeline.data.settings import StorageSettings
 from pipeline.data.storage import ShardChanged, Storage, StorageUnavailable
+from pipeline.data.storage.remote import Remote
 from pipeline.errors import DataError
 from tests.helpers.limits import hang_limit
 from tests.helpers.s3 import KEYS, Proxy, Trouble, proxy, upload
@@ -199,6 +200,24 @@ def test_a_shard_is_indexed_by_a_few_large_requests(door: Proxy, tmp_path: Path)
 def test_a_web_server_is_not_searched_for_shards(door: Proxy, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be listed"):
         storage.expand(f"{door.endpoint}/remote/data/*.tar", Storage(settings(door, tmp_path)))
+
+
+@pytest.mark.parametrize("version", ["", '"0"'])
+def test_a_server_without_conditional_writes_is_written_to_at_once(door: Proxy, tmp_path: Path, version: str) -> None:
+    door.conditions = False
+    remote, url = Remote(settings(door, tmp_path, retries=5)), f"s3://remote/lists/plain{len(version)}.json"
+    remote.replace_bytes(b"new", url, version)
+    assert remote.read(remote.stat(url), 0, 3) == b"new"
+    assert door.total("PUT") == 2 and not remote.counters["retries"], door.seen
+
+
+def test_other_errors_of_a_conditional_write_never_lead_to_a_plain_one(door: Proxy, tmp_path: Path) -> None:
+    remote, url = Remote(settings(door, tmp_path)), "s3://remote/lists/501-NotImplemented.json"
+    remote.put_bytes(b"old", url)
+    door.troubles = [Trouble("503", match="501", method="PUT")]
+    with pytest.raises(ShardChanged):
+        remote.replace_bytes(b"new", url, "")
+    assert remote.read(remote.stat(url), 0, 3) == b"old"
 
 
 def _read_in_child(pickled: bytes, queue: multiprocessing.Queue[bytes]) -> None:

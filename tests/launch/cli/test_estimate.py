@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from launch.cli import estimate_data
 from launch.cli.estimate import advice, measure, needed, run
 from launch.cli.estimate_data import DataCost, data, lines
 from launch.cli.estimate_interval import checkpoint_bytes
@@ -163,6 +164,26 @@ def test_what_the_data_cost_is_told_if_shards_are_indexed_or_may_be(tmp_path: Pa
     out = StringIO()
     assert data(nowhere, ranks=2, nodes=1, shards=1, samples=None, console=Console(file=out, width=400)) is None
     assert "Data are not estimated" in out.getvalue()
+
+
+def test_storage_is_not_asked_without_need_and_what_is_not_counted_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synthetic.write(tmp_path / "data", train=40, val=10, size=16, seed=1, samples_per_shard=20)
+    own = [f"data.shards={tmp_path}/data/*train-*.tar", f"data.index={tmp_path}/index"]
+    config = loaded(tmp_path, TOY, *own, f"data.selection={tmp_path}/some.parquet")
+    assert config.train.global_batch_size <= 40
+
+    def told(samples: int | None, nodes: int = 1) -> str:
+        out = StringIO()
+        data(config, ranks=8, nodes=nodes, shards=0, samples=samples, console=Console(file=out, width=400))
+        return out.getvalue()
+
+    assert "Selections are not counted" in told(40)
+    assert "5 nodes" in told(40, nodes=5), "which do not divide the batch"
+    assert "a data set of 3 samples in 2 shards has fewer than one global batch" in told(3)
+    monkeypatch.setattr(estimate_data, "open_storage", lambda *_, **__: pytest.fail("storage was asked"))
+    assert "--index-shards 3" in told(None)
 
 
 def test_fewer_streams_are_proposed_where_they_download_less(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 from typing import Any
 
 import pytest
 
-from launch.slurm import account_limits
+from launch.slurm import account_limits, site
 from launch.slurm import slurm_commands as tools
 from launch.slurm.account_limits import Accounts, check, most_jobs, never_runs, read
 from launch.slurm.limits import Partition
@@ -60,6 +62,18 @@ def accounts(
             accounts([association("lab", DefaultQOS="long")], [quality("long", MaxTRES="node=1")]),
             ["2 nodes exceed the limit of 1"],
         ),
+        # A limit hides the same one of later levels, and no other.
+        ({}, accounts([association("lab", MaxTRES="node=1")], [quality("normal", MaxTRES="node=9")]), []),
+        (
+            {},
+            accounts([association("lab", MaxTRES="node=1")], [quality("normal", MaxTRESPU="node=9", MaxTRES="cpu=99")]),
+            ["2 nodes exceed the limit of 1 of your association"],
+        ),
+        (
+            {},
+            accounts(qualities=[quality("normal", MaxTRES="node=9"), quality("part", GrpTRES="node=1")]),
+            ["2 nodes exceed the limit of 1 of QOS part"],
+        ),
         ({}, accounts(qualities=[quality("normal", MaxTRESPU="cpu=31,gres/gpu=8")]), ["32 CPUs exceed the limit of 31"]),
         ({}, accounts(qualities=[quality("normal", GrpTRES="gres/gpu=7,gres/gpu:a100=2")]), ["8 GPUs exceed the limit of 7"]),
         ({}, accounts(qualities=[quality("normal", MaxTRES="mem=15G", MaxTRESPA="mem=1T")]), ["16384 MB of memory exceed"]),
@@ -79,6 +93,21 @@ def test_limits_that_are_not_enforced_refuse_nothing() -> None:
     assert never_runs(profile.model_copy(update={"account": "x"}), strict, "gpu")
 
 
+def test_a_qos_that_is_not_enforced_is_refused_for_its_limits_only() -> None:
+    qualities = [quality("normal"), quality("short", MaxWall="10:00")]
+    own, default = [association("lab")], [{"DefaultAccount": "lab"}]
+    free = read(own, default, [], qualities, qos_enforced=False)
+    assert never_runs(ClusterProfile(**SMALL, qos="other"), free, "gpu") == []
+    assert never_runs(ClusterProfile(**SMALL, qos="short"), free, "gpu") == ["time 60 exceeds the limit of 10:00 of QOS short"]
+
+
+def test_the_least_number_of_jobs_counts_that_no_earlier_level_replaces() -> None:
+    profile, own = ClusterProfile(**SMALL), [association("lab", MaxSubmit="1")]
+    assert most_jobs(profile, accounts(own, [quality("normal", MaxSubmitPU="9")]), "gpu") == (9, "QOS normal")
+    least = most_jobs(profile, accounts(own, [quality("normal", MaxSubmitPA="9")]), "gpu")
+    assert least == (1, "your association with account lab")
+
+
 def test_a_limit_of_one_job_in_the_queue_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(account_limits, "ask", lambda: accounts([association("lab", MaxSubmit="1", GrpSubmit="5")]))
     gpu = Partition("gpu")
@@ -95,6 +124,7 @@ def test_a_limit_of_one_job_in_the_queue_is_named(monkeypatch: pytest.MonkeyPatc
     [
         ({"AccountingStorageType": "(null)", "AccountingStorageEnforce": "limits"}, False),
         ({"AccountingStorageType": "accounting_storage/slurmdbd", "AccountingStorageEnforce": "none"}, False),
+        ({"AccountingStorageType": "accounting_storage/slurmdbd", "AccountingStorageEnforce": "nojobs,nosteps"}, False),
         ({"AccountingStorageType": "accounting_storage/slurmdbd", "AccountingStorageEnforce": "associations"}, True),
     ],
 )
@@ -112,6 +142,42 @@ def test_accounts_are_asked_for_where_they_are_enforced(
     found = account_limits.ask()
     assert (found is not None) is asks is bool(asked)
     assert found is None or (found.default == "lab" and not found.limited)
+
+
+@pytest.mark.parametrize(
+    ("words", "limited", "qos"),
+    [
+        ("associations", False, False),
+        ("wckeys,nosteps", False, False),
+        ("associations,limits", True, False),
+        ("safe", True, False),
+        ("associations,qos", False, True),
+        ("all", True, True),
+    ],
+)
+def test_what_is_enforced_follows_from_the_words_of_the_configuration(
+    monkeypatch: pytest.MonkeyPatch, words: str, limited: bool, qos: bool
+) -> None:
+    kept = {"AccountingStorageType": "accounting_storage/slurmdbd", "AccountingStorageEnforce": words}
+    monkeypatch.setattr(tools, "settings", lambda: kept)
+    monkeypatch.setattr(tools, "call", lambda *_, **__: "")
+    found = account_limits.ask()
+    assert found is not None and (found.limited, found.qos_enforced) == (limited, qos)
+
+
+def test_the_user_is_the_one_whose_id_slurm_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = {"AccountingStorageType": "accounting_storage/slurmdbd", "AccountingStorageEnforce": "limits"}
+    asked: list[str] = []
+    monkeypatch.setattr(tools, "settings", lambda: kept)
+    monkeypatch.setattr(tools, "call", lambda *words, **_: asked.extend(words) or "")
+    for name in ("LOGNAME", "USER"):
+        monkeypatch.setenv(name, "somebody")
+    account_limits.ask()
+    site._accounts()
+    me = pwd.getpwuid(os.geteuid()).pw_name
+    assert asked.count(f"user={me}") == 2 and "user=somebody" not in asked
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)  # without an entry
+    assert account_limits.ask() is None and site._accounts() == {}
 
 
 def test_an_accounting_that_does_not_answer_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

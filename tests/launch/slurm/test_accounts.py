@@ -114,6 +114,7 @@ def test_doctor_compares_accounts_and_limits(slurm: Cluster, folder: Path, start
         return "\n".join(f"{state} {what}" for state, what, _ in examine(str(folder / "site.yaml")))
 
     assert "bad account: nobody is not an account of yours" in findings(account="nobody")
+    assert "the job can never run" not in findings(account="nobody"), "told twice"
     assert "bad qos: secret is not one of yours" in findings(qos="secret")
     assert "bad the job can never run: time 20 exceeds the limit of 10:00 of QOS short" in findings(qos="short", time="20")
     assert "note QOS single admits one job in the queue" in findings(qos="single")

@@ -26,7 +26,10 @@ GPU_NODES = tuple(
     for n in range(4)
 )
 LAB = Site(
-    settings={"SLURM_VERSION": "23.11.1", "ClusterName": "lab", "PreemptMode": "REQUEUE", "TmpFS": "/scratch"},
+    settings={
+        **{"SLURM_VERSION": "23.11.1", "ClusterName": "lab", "PreemptMode": "REQUEUE", "TmpFS": "/scratch"},
+        "AccountingStorageEnforce": "associations,qos",
+    },
     partitions={
         "gpu": {"Default": "YES", "MaxTime": "12:00:00", "MaxNodes": "3", "State": "UP", "AllowAccounts": "vision,nlp"},
         "all": {"MaxTime": "UNLIMITED", "State": "UP", "PreemptMode": "CANCEL", "AllowQos": "low"},
@@ -109,6 +112,7 @@ def test_every_field_is_compared_or_named_as_unknown_to_slurm() -> None:
         ({"account": "nobody"}, "account", "bad", "it admits vision,nlp"),
         ({"account": "nlp"}, "account", "bad", "not an account of yours"),
         ({"account": "vision"}, "account", "ok", "vision"),
+        ({"account": "Vision"}, "account", "ok", "Vision"),  # Slurm's names have no capitals
         ({"qos": "huge"}, "qos", "bad", "choose one of high, normal"),
         ({"partition": "all", "qos": "high"}, "qos", "bad", "it admits low"),
         ({"constraint": "ib&a100"}, "constraint", "bad", "a100: no node has it"),
@@ -136,6 +140,17 @@ def test_a_site_without_accounts_or_facts_gives_no_error() -> None:
     bare = Site({}, {"p": {}}, ())
     fields = states(ClusterProfile(account="x", qos="y"), bare)
     assert fields["account"][0] == "note" and fields["partition"][0] == "bad"
+
+
+@pytest.mark.parametrize(
+    ("enforced", "states_of"), [("none", ("note", "note")), ("limits", ("bad", "note")), ("qos", ("bad", "bad"))]
+)
+def test_only_what_slurm_enforces_is_required(enforced: str, states_of: tuple[str, str]) -> None:
+    here = dataclasses.replace(LAB, settings={**LAB.settings, "AccountingStorageEnforce": enforced})
+    fields = states(ClusterProfile(partition="gpu", account="nlp", qos="huge"), here)
+    assert (fields["account"][0], fields["qos"][0]) == states_of, fields
+    silent = states(ClusterProfile(partition="gpu", account="nlp", qos="huge"), dataclasses.replace(here, accounts={}))
+    assert (silent["account"][0], silent["qos"][0]) == ("note", "note"), "sacctmgr did not answer"
 
 
 def test_gpus_and_interfaces_are_read_as_slurm_and_linux_write_them(tmp_path: Path) -> None:
