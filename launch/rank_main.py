@@ -269,6 +269,7 @@ def _train(rank: RankContext) -> None:
     from pipeline.checkpoint.mirror import Copies
     from pipeline.checkpoint.retention import Retention
     from pipeline.data.indexing import open_storage
+    from pipeline.data.order.order import num_streams
     from pipeline.data.selections.file import describe
     from pipeline.runtime import process_group as distributed
     from pipeline.runtime.stop_requests import Stop
@@ -343,10 +344,11 @@ def _train(rank: RankContext) -> None:
     if world.rank == 0:
         total, batch = trainer.plan.steps, config.train.global_batch_size
         parameters = sum(math.prod(shape) for shape in trainer.engine.shapes.values())
+        few = f" in {inputs.order.streams} streams" if inputs.order.streams < num_streams(batch, None, 1) else ""
         start = f"resuming at step {trainer.progress.step}" if checkpoint else "starting"
         show.log(
             f"{start} · attempt {number} · {world.size} ranks on {world.device.type} · {parameters / 1e6:.1f} M parameters · "
-            f"{inputs.train.total} samples · {total} steps of {batch} · {time.time() - rank.begin:.0f} s to start{tracked}"
+            f"{inputs.train.total} samples{few} · {total} steps of {batch} · {time.time() - rank.begin:.0f} s to start{tracked}"
         )
         run.write("plan.json", {"steps": total, "selection": describe(config.data.selection_files)})
         run.note("training", attempt=number, step=trainer.progress.step)
