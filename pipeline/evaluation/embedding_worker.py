@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -171,7 +172,10 @@ class EmbedWorker:
         self._dataset = _Hashed(reader, self._claims, (view,), seed=0, world=1, rank=0)
         self._dataset.digests = {}
         self._bad = BadSamples(
-            folder.scratch / f"bad_samples-rank-{world.rank}.jsonl", budget=data.max_bad_fraction, window=data.bad_fraction_window
+            folder.scratch / f"bad_samples-rank-{world.rank}.jsonl",
+            budget=data.max_bad_fraction,
+            window=data.bad_fraction_window,
+            known=sys.maxsize,  # each has its reason in the result
         )
         self._options = StreamOptions(
             micro_batch=spec.batch_size, workers=0, threads=data.decode_threads, prefetch=data.prefetch, hue="off"

@@ -9,10 +9,13 @@ import json
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import TrainingError
+
+MOST_KNOWN = 100_000  # bad samples that are remembered, 3 MB of a checkpoint's manifest
 
 
 @dataclass(frozen=True)
@@ -44,14 +47,23 @@ class BadSamples:
         budget: maximum fraction of bad samples in the window.
         window: samples over which the fraction is measured.
         excluded: numbers of samples that are substituted although they can be used.
+        known: maximum number of bad samples that are remembered; others are read again in each epoch, with the same outcome.
 
     Attributes:
         quarantine: bad samples of this rank and of the checkpoint it started from: their reasons.
         of_all_ranks: the same of all ranks, as of the last checkpoint.
     """
 
-    def __init__(self, path: Path | None, *, budget: float = 0.01, window: int = 10_000, excluded: Iterable[int] = ()) -> None:
-        self._path, self._budget, self._window = path, budget, window
+    def __init__(
+        self,
+        path: Path | None,
+        *,
+        budget: float = 0.01,
+        window: int = 10_000,
+        excluded: Iterable[int] = (),
+        known: int = MOST_KNOWN,
+    ) -> None:
+        self._path, self._budget, self._window, self._known = path, budget, window, known
         self._excluded = dict.fromkeys(excluded, "excluded")
         self.seen = 0
         self.reasons: Counter[str] = Counter()
@@ -82,7 +94,8 @@ class BadSamples:
             return
         for event in bad:
             self.reasons[event.reason] += 1
-            self.quarantine[event.id] = self._unsent[event.id] = event.reason
+            if len(self.quarantine) < self._known or event.id in self.quarantine:
+                self.quarantine[event.id] = self._unsent[event.id] = event.reason
         if self._path is not None:
             with self._path.open("a") as file:
                 file.writelines(json.dumps(asdict(event)) + "\n" for event in bad)
@@ -116,12 +129,16 @@ class BadSamples:
         added, self._unsent = self._unsent, {}
         return {"seen": self.seen, "reasons": dict(self.reasons), "counts": dict(self.counts), "quarantine": added}
 
+    def remember(self, added: Mapping[int, str]) -> None:
+        """Adds bad samples of all ranks, as far as there is space for them."""
+        self.of_all_ranks |= dict(islice(added.items(), max(self._known - len(self.of_all_ranks), 0)))
+
     def load(self, state: dict[str, Any]) -> None:
         """Restores counters and quarantine from a checkpoint."""
         self.seen = int(state["seen"])
         self.reasons = Counter(state["reasons"])
         self.counts = Counter(state.get("counts", {}))
-        self.quarantine = {int(k): v for k, v in state["quarantine"].items()} | self._excluded
+        self.quarantine = {int(k): v for k, v in islice(state["quarantine"].items(), self._known)} | self._excluded
         self.of_all_ranks, self._unsent = dict(self.quarantine), {}
         self._steps.clear()
         self._recent = self._lost = 0

@@ -60,3 +60,16 @@ def test_each_checkpoint_is_told_only_what_is_new() -> None:
     samples.saw(4, events(4)[3:])
     samples.load({"seen": 8, "reasons": {}, "quarantine": {"7": "corrupt"}})
     assert samples.changes()["quarantine"] == {} and samples.of_all_ranks == {7: "corrupt"}
+
+
+def test_what_is_remembered_is_bounded_and_what_is_counted_is_not() -> None:
+    samples = BadSamples(None, budget=1.0, excluded=[100], known=5)
+    samples.saw(16, events(8))
+    assert samples.quarantine == {100: "excluded", **dict.fromkeys(range(4), "corrupt")} and samples.reasons == {"corrupt": 8}
+    samples.saw(16, [events(4)[3], events(7)[6]])
+    assert len(samples.quarantine) == 5 and samples.reasons == {"corrupt": 10}
+    samples.remember(dict.fromkeys(range(3), "corrupt"))
+    samples.remember(dict.fromkeys(range(10, 20), "corrupt"))
+    assert list(samples.of_all_ranks) == [0, 1, 2, 10, 11]
+    samples.load({"seen": 1, "reasons": {}, "quarantine": dict.fromkeys(map(str, range(50)), "corrupt")})
+    assert set(samples.quarantine) == {0, 1, 2, 3, 4, 100}, "what a user excluded always is"
