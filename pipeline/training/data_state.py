@@ -24,7 +24,7 @@ def data_state(inputs: Inputs, bad_samples: BadSamples, world: World) -> dict[st
     merged = [_merged(states or [])]
     dist.broadcast_object_list(merged, src=0, group=world.control)
     total = merged[0]
-    bad_samples.remember(total["quarantine"])
+    bad_samples.merge(total["quarantine"])
     return {
         **data_identity(inputs),
         "samples": inputs.train.total,

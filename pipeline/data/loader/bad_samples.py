@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.errors import TrainingError
 
-MOST_KNOWN = 100_000  # bad samples that are remembered, 3 MB of a checkpoint's manifest
+MOST_KNOWN = 100_000  # bad samples that are kept, 3 MB of a checkpoint's manifest
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class BadSamples:
         budget: maximum fraction of bad samples in the window.
         window: samples over which the fraction is measured.
         excluded: numbers of samples that are substituted although they can be used.
-        known: maximum number of bad samples that are remembered; others are read again in each epoch, with the same outcome.
+        known: maximum number of bad samples that are kept; others are read again in each epoch, with the same outcome.
 
     Attributes:
         quarantine: bad samples of this rank and of the checkpoint it started from: their reasons.
@@ -129,7 +129,7 @@ class BadSamples:
         added, self._unsent = self._unsent, {}
         return {"seen": self.seen, "reasons": dict(self.reasons), "counts": dict(self.counts), "quarantine": added}
 
-    def remember(self, added: Mapping[int, str]) -> None:
+    def merge(self, added: Mapping[int, str]) -> None:
         """Adds bad samples of all ranks, as far as there is space for them."""
         self.of_all_ranks |= dict(islice(added.items(), max(self._known - len(self.of_all_ranks), 0)))
 
