@@ -206,7 +206,7 @@ def _one(path: Path) -> Saved:
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
     saved = rows(folder)
-    best = read_best(folder)
+    best, now = read_best(folder), time.time()
     result = []
     for one in saved:
         marks = ["newest"] if one is saved[-1] else []
@@ -219,16 +219,16 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
                 "size": one.size,
                 "ranks": "?" if one.world is None else one.world,
                 "zero": "?" if one.zero is None else one.zero,
-                "age": time.time() - (folder / one.name / MANIFEST).stat().st_mtime,
+                "age": now - os.stat(f"{folder}/{one.name}/{MANIFEST}").st_mtime,
                 "marks": ", ".join(marks),
-                "state": _state(folder / one.name, one),
+                "state": _state(f"{folder}/{one.name}", one),
             }
         )
     known = {row["checkpoint"] for row in result}
-    for path in sorted(folder.glob("step_*")):
-        if path.name not in known:
+    for name in sorted(entry.name for entry in os.scandir(folder) if entry.name.startswith("step_")):
+        if name not in known:
             blank = dict.fromkeys(("step", "samples", "size", "ranks", "zero", "age"), None)
-            result.insert(0, {"checkpoint": path.name, **blank, "marks": "", "state": "damaged: its manifest cannot be read"})
+            result.insert(0, {"checkpoint": name, **blank, "marks": "", "state": "damaged: its manifest cannot be read"})
     return result
 
 
@@ -238,7 +238,7 @@ def _zero(manifest: dict[str, Any]) -> Any:
     return train.get("zero_stage", "?") if isinstance(train, dict) else "?"
 
 
-def _state(path: Path, row: Row) -> str:
+def _state(path: str, row: Row) -> str:
     for name, size in row.files:
         try:
             actual = os.lstat(f"{path}/{name}").st_size

@@ -93,7 +93,7 @@ def rows(directory: Path) -> list[Row]:
     result = []
     for name in sorted(entry.name for entry in _entries(directory) if entry.name.startswith("step_")):
         key, row = known.get(name, (None, None))
-        if row is None or key != _key(directory / name):
+        if row is None or key != _key(f"{directory}/{name}"):
             try:
                 row = Row.of(name, read(directory / name).manifest)
             except CheckpointError:
@@ -141,7 +141,7 @@ class Catalog:
                 self._lines += 1
 
     def _line(self, row: Row) -> str:
-        key = _key(self._path.parent / row.name)
+        key = _key(f"{self._path.parent}/{row.name}")
         return "" if key is None else json.dumps({"key": key, **asdict(row)}) + "\n"
 
 
@@ -152,7 +152,7 @@ def _entries(directory: Path) -> list[os.DirEntry[str]]:
         return []
 
 
-def _key(path: Path) -> tuple[int, int] | None:
+def _key(path: str) -> tuple[int, int] | None:
     """Size and time of a checkpoint's manifest."""
     try:
         about = os.stat(f"{path}/{MANIFEST}", follow_symlinks=False)
