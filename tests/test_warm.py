@@ -73,7 +73,10 @@ def test_a_process_with_another_path_starts_anew(tmp_path: Path) -> None:
     assert done.stdout == b"another\n"
 
 
-@pytest.mark.parametrize("variables", [{}, {"PYTHONDONTWRITEBYTECODE": "1", "XDG_STATE_HOME": "/nowhere"}], ids=["", "others"])
+OTHERS = {"PYTHONDONTWRITEBYTECODE": "1", "XDG_STATE_HOME": "/nowhere", "XDG_CACHE_HOME": "/nowhere"}
+
+
+@pytest.mark.parametrize("variables", [{}, OTHERS], ids=["", "others"])
 def test_processes_with_the_environment_of_tests_are_forked(variables: dict[str, str]) -> None:
     before = spent()[0]
     code = "import json, os, sys; print(json.dumps([sys.dont_write_bytecode, dict(os.environ)]))"

@@ -34,11 +34,12 @@ PRELOADED = (
     "pipeline.data.augment.decode",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # loaded by the first engine; it loads the compiler
 )
-# Variables that packages read when they are imported: a process with other values starts anew.
+# Variables that packages read when they are imported: a process with other values starts anew. The Hugging Face and torch hubs
+# read XDG_CACHE_HOME too, for weights that they download, which no test does.
 READ_AT_IMPORT = (
     *("PYTHON", "LD_", "LANG", "LC_", "TZ", "CUDA", "NVIDIA", "NCCL", "TORCH", "PYTORCH", "DS_", "DEEPSPEED", "TRITON"),
     *("MKL_", "OPENBLAS", "GOTO_", "KMP_", "OMP_P", "OMP_S", "HF_", "HUGGINGFACE", "TRANSFORMERS", "MLFLOW", "DALI_"),
-    *("FOVEA_KERNELS", "FOVEA_CACHE", "ACCELERATE", "HOME", "XDG_CACHE_HOME", "NO_COLOR", "FORCE_COLOR", "TERM"),
+    *("FOVEA_KERNELS", "FOVEA_CACHE", "ACCELERATE", "HOME", "NO_COLOR", "FORCE_COLOR", "TERM"),
 )
 HANDLED = {"PYTHONSAFEPATH", "PYTHONDONTWRITEBYTECODE", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE"}
 INSTALLED = bool(os.environ.pop("FOVEA_WARM_INSTALLED", ""))  # without PYTHONPATH the same packages are found
