@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from tests.helpers import warm
 from tests.helpers.costs import spent
 from tests.helpers.limits import LONG, deadline
-from tests.helpers.runs import command, environment, recorded, weights
+from tests.helpers.runs import ROOT, command, environment, recorded, weights
 
 pytestmark = [
     pytest.mark.slow,
@@ -123,3 +124,12 @@ def test_limits_the_mask_of_new_files_niceness_and_cores_are_those_of_the_proces
         assert spent()[0] - before == (python != warm.REAL)
     assert found[0] == found[1]
     assert found[0].startswith(f"[[{1 << 30}, {1 << 31}], 23, ")
+
+
+def test_modules_that_fovea_starts_as_processes_are_forked_or_import_little() -> None:
+    named = re.compile(r"module_command\(\s*\"([\w.]+)\"")
+    sources = [path.read_text() for room in ("launch", "pipeline") for path in (ROOT / room).rglob("*.py")]
+    started = {name for text in sources for name in named.findall(text)} - {"pipeline.bench.prove.runner"}  # see client.c
+    assert "launch.rank_main" in started
+    (ours,) = re.findall(r"OURS\[\] = \{(.*?)\}", (ROOT / "tests/helpers/warm/client.c").read_text(), re.DOTALL)
+    assert [name for name in started if not name.startswith(tuple(re.findall(r'"(.*?)"', ours)))] == []

@@ -25,7 +25,7 @@ extern char **environ;
 static volatile sig_atomic_t child = 0;
 static const int FORWARDED[] = {SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2};
 enum { MOST = 64 }; /* files that are passed on */
-static const char *const OURS[] = {"launch.rank_main", "launch.rank_server", "launch.cli", "pipeline.", "tests.helpers."};
+static const char *const OURS[] = {"launch.rank_main", "launch.rank_server", "launch.replay", "launch.cli", "pipeline.", "tests.helpers."};
 static const char *const NEW[] = {"pipeline.bench.prove.runner"}; /* it ends with its parent, which of a fork is the server */
 static volatile sig_atomic_t pending[65];
 
