@@ -3,8 +3,8 @@
    the server. Falls back to the real interpreter for other commands, and where the server declines. Files that it has inherited
    besides the streams are passed on under their numbers. Usage: as python.
 
-   Compiled with PYTHON (the real interpreter), FOLDER (of socket, lock and log), SERVER (server.py) and OWNER (the process whose
-   end ends the server) as strings; FOLDER/environment holds the server's variables, each with a final zero byte. */
+   Compiled with PYTHON (the real interpreter), FOLDER (of socket, lock and log), SERVER (server.py), OWNER (the process whose
+   end ends the server) and KIND (of the server) as strings; FOLDER/environment holds the server's variables, each with a final zero byte. */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <errno.h>
@@ -57,7 +57,7 @@ static void serve(void) {
     dup2(log, 2);
     setsid();
     for (int n = 1; n < 32; n++) signal(n, SIG_DFL);
-    execle(PYTHON, PYTHON, "-P", SERVER, FOLDER "/socket", OWNER, (char *)NULL, variables);
+    execle(PYTHON, PYTHON, "-P", SERVER, FOLDER "/socket", OWNER, KIND, (char *)NULL, variables);
     _exit(1);
 }
 

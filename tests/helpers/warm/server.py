@@ -39,7 +39,7 @@ PRELOADED = (
 READ_AT_IMPORT = (
     *("PYTHON", "LD_", "LANG", "LC_", "TZ", "CUDA", "NVIDIA", "NCCL", "TORCH", "PYTORCH", "DS_", "DEEPSPEED", "TRITON"),
     *("MKL_", "OPENBLAS", "GOTO_", "KMP_", "OMP_P", "OMP_S", "HF_", "HUGGINGFACE", "TRANSFORMERS", "MLFLOW", "DALI_"),
-    *("FOVEA_KERNELS", "FOVEA_CACHE", "ACCELERATE", "HOME", "NO_COLOR", "FORCE_COLOR", "TERM"),
+    *("FOVEA_KERNELS", "FOVEA_CACHE", "ACCELERATE", "HOME", "NO_COLOR", "FORCE_COLOR", "TERM", "STANDIN_"),
 )
 HANDLED = {"PYTHONSAFEPATH", "PYTHONDONTWRITEBYTECODE", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE"}
 INSTALLED = bool(os.environ.pop("FOVEA_WARM_INSTALLED", ""))  # without PYTHONPATH the same packages are found
@@ -50,13 +50,15 @@ _MOST = 64  # files that a client passes on
 _Request = tuple[str, list[str], dict[str, str], dict[int, int], int]
 
 
-def main(path: str, owner: int) -> None:
-    """Serve on a socket until another process has ended."""
+def main(path: str, owner: int, kind: str) -> None:
+    """Serve on a socket until another process has ended; what is forked by a server of the kind ``standin`` has begun as such."""
     ended = os.pidfd_open(owner)
     before = dict(os.environ)
-    for name in PRELOADED:
-        importlib.import_module(name)
-    _convert_graphs()
+    standin = kind == "standin"
+    with importlib.import_module("tests.helpers.standin.process").begun_to_be_forked() if standin else contextlib.nullcontext():
+        for name in PRELOADED:
+            importlib.import_module(name)
+        _convert_graphs()
     set_by_imports = {name: value for name, value in os.environ.items() if before.get(name) != value}
     own = _relevant(before)
     gc.collect()
@@ -303,4 +305,4 @@ def _run(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
