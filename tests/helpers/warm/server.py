@@ -100,7 +100,14 @@ def main(path: str, owner: int, kind: str) -> None:
             with contextlib.suppress(OSError, EOFError, ValueError):
                 request = _receive(client)
                 peer = _peer(client)
-                ours = {listener.fileno(), wake, waker, ended, client.fileno(), *(other.fileno() for other, _ in children.values())}
+                ours = {
+                    listener.fileno(),
+                    wake,
+                    waker,
+                    ended,
+                    client.fileno(),
+                    *(other.fileno() for other, _ in children.values()),
+                }
                 if request is None or not _alike(peer) or not _fits(request, own, set_by_imports) or _taken(request[3], ours):
                     for file in request[3].values() if request else ():
                         os.close(file)
