@@ -2,8 +2,8 @@
 
 With ``FOVEA_TEST_COSTS=FILE`` the tests append one line of JSON each: seconds, CPU seconds of this process and of all below it
 (ranks of the pools too, Slurm's jobs not), processes that the warm server forked for it, and the MiB it holds afterwards.
-``python -m tests.helpers.costs F`` prints the sums by file of such a file and records them in ``costs.json``, by which the longest
-files are started first.
+``python -m tests.helpers.costs F`` prints the sums by file of such a file and records them in ``costs.json``, by which the
+longest files are started first.
 """
 
 from __future__ import annotations

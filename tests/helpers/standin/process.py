@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from tests.helpers.standin.build import environment
 from tests.helpers.standin.recorder import Recorder
-from tests.helpers.warm import standin
+from tests.helpers.warm import restore_variables, standin
 
 ROOT = Path(__file__).resolve().parents[3]
 _HANG = 900  # seconds
@@ -94,6 +94,7 @@ def run(
         checkout: the folder whose code is run, see :func:`overlay`.
         variables: further environment variables.
     """
+    restore_variables()  # what imports in this process have set, or not yet, is no reason to start anew
     own = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
     python = standin({**own, **environment(), "PYTHONPATH": str(ROOT)})
     return subprocess.run(
