@@ -39,7 +39,7 @@ def test_a_run_has_the_same_bits_as_in_new_processes(shards: str, config: Path, 
         assert done.returncode == 0, done.stderr
     assert recorded(tmp_path / "new", 1) == recorded(tmp_path / "warm", 1) != {}
     assert weights(tmp_path / "new", 24) == weights(tmp_path / "warm", 24) != {}
-    end = deadline()
+    end = deadline(300)
     while spent()[0] < before + 2 and time.monotonic() < end:  # the launcher kills the process that forks its ranks, and goes
         time.sleep(0.02)
     assert spent()[0] == before + 2, "the launcher, or the process that forks its ranks, was started anew"
