@@ -28,7 +28,7 @@ BLOCK = {**flips.tiny.MODEL, "depth": 1}  # what is digested is listed tensor by
 SETTINGS: dict[str, dict[str, Any]] = {
     "dinov2": {
         "method": {"centering": "softmax_center", "gram_weight": 1.0, "gram_update_every": 2},
-        "model": {**BLOCK, "drop_path": 0.3},
+        "model": {**flips.tiny.MODEL, "drop_path": 0.3},
     }
 }
 # ZeRO stage 3 takes five times what the others take: every run tries it with two methods, full runs with all.
