@@ -22,9 +22,9 @@ PACKAGES = ("pipeline", "launch", "configs")
 
 
 def copy_packages(folder: Path) -> Path:
-    """A copy of everything that an extension may touch."""
+    """A copy of everything that an extension may touch; with the times of the files, so that what is compiled stays valid."""
     for package in PACKAGES:
-        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("*.pyc.*"))
     return folder
 
 

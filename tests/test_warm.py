@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
+import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.helpers import warm
 from tests.helpers.costs import spent
-from tests.helpers.limits import LONG
-from tests.helpers.runs import command, environment, recorded, weights
+from tests.helpers.limits import LONG, deadline
+from tests.helpers.runs import ROOT, command, environment, recorded, weights
 
 pytestmark = [
     pytest.mark.slow,
@@ -27,12 +32,17 @@ def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_run_has_the_same_bits_as_in_new_processes(shards: str, config: Path, tmp_path: Path) -> None:
+    before = spent()[0]
     for name in ("new", "warm"):
         arguments = command(config, shards, tmp_path / name)
         done = run([warm.REAL, *arguments[1:]] if name == "new" else arguments)
         assert done.returncode == 0, done.stderr
     assert recorded(tmp_path / "new", 1) == recorded(tmp_path / "warm", 1) != {}
     assert weights(tmp_path / "new", 24) == weights(tmp_path / "warm", 24) != {}
+    end = deadline(300)
+    while spent()[0] < before + 2 and time.monotonic() < end:  # the launcher kills the process that forks its ranks, and goes
+        time.sleep(0.02)
+    assert spent()[0] == before + 2, "the launcher, or the process that forks its ranks, was started anew"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)])
@@ -64,10 +74,36 @@ def test_a_process_with_another_path_starts_anew(tmp_path: Path) -> None:
     assert done.stdout == b"another\n"
 
 
-def test_processes_with_the_environment_of_tests_are_forked() -> None:
+OTHERS = {"PYTHONDONTWRITEBYTECODE": "1", "XDG_STATE_HOME": "/nowhere", "XDG_CACHE_HOME": "/nowhere"}
+
+
+@pytest.mark.parametrize("variables", [{}, OTHERS], ids=["", "others"])
+def test_processes_with_the_environment_of_tests_are_forked(variables: dict[str, str]) -> None:
     before = spent()[0]
-    assert run([sys.executable, "-m", "launch.cli.main", "--version"]).returncode == 0
+    code = "import json, os, sys; print(json.dumps([sys.dont_write_bytecode, dict(os.environ)]))"
+    told = []
+    for python in (sys.executable, warm.REAL):
+        done = subprocess.run([python, "-c", code, "launch.cli"], env=environment() | variables, capture_output=True, check=True)
+        told.append(json.loads(done.stdout))
     assert spent()[0] == before + 1
+    assert told[0][0] == told[1][0] and {name: told[0][1][name] for name in told[1][1]} == told[1][1]
+
+
+def test_inherited_files_are_passed_on_under_their_numbers_and_no_others(tmp_path: Path) -> None:
+    code = "import os, sys; [os.write(int(n), n.encode()) for n in sys.argv[2:]]"
+    before = spent()[0]
+    read, write = os.pipe()
+    with (tmp_path / "a").open("w") as file:
+        numbers = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, low) for low in (40, 90)] + [write]
+        try:
+            words = [sys.executable, "-c", code, "launch.cli", *map(str, numbers)]
+            subprocess.run(words, env=environment(), pass_fds=numbers, check=True)
+        finally:
+            for number in numbers:
+                os.close(number)
+    assert (tmp_path / "a").read_text() == "{}{}".format(*numbers) and spent()[0] == before + 1
+    with open(read) as end:
+        assert end.read() == str(write), "the process, or the server, still holds a file that it should not have"
 
 
 def test_limits_the_mask_of_new_files_niceness_and_cores_are_those_of_the_process_that_starts_it(tmp_path: Path) -> None:
@@ -88,3 +124,12 @@ def test_limits_the_mask_of_new_files_niceness_and_cores_are_those_of_the_proces
         assert spent()[0] - before == (python != warm.REAL)
     assert found[0] == found[1]
     assert found[0].startswith(f"[[{1 << 30}, {1 << 31}], 23, ")
+
+
+def test_modules_that_fovea_starts_as_processes_are_forked_or_import_little() -> None:
+    named = re.compile(r"module_command\(\s*\"([\w.]+)\"")
+    sources = [path.read_text() for room in ("launch", "pipeline") for path in (ROOT / room).rglob("*.py")]
+    started = {name for text in sources for name in named.findall(text)} - {"pipeline.bench.prove.runner"}  # see client.c
+    assert "launch.rank_main" in started
+    (ours,) = re.findall(r"OURS\[\] = \{(.*?)\}", (ROOT / "tests/helpers/warm/client.c").read_text(), re.DOTALL)
+    assert [name for name in started if not name.startswith(tuple(re.findall(r'"(.*?)"', ours)))] == []

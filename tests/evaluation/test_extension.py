@@ -54,7 +54,7 @@ FIELD = '    token_norm: TokenNormSettings = Field(default=TokenNormSettings(), 
 def install(folder: Path) -> Path:
     """A copy of the packages with one more evaluator: two files are touched."""
     for package in ("pipeline", "launch", "configs"):
-        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("*.pyc.*"))
     (folder / "pipeline" / "evaluation" / "token_norm.py").write_text(EVALUATOR)
     settings = folder / "pipeline" / "evaluation" / "settings.py"
     before, header, fields = settings.read_text().partition("class EvaluationSettings(")

@@ -1,12 +1,14 @@
 """What each test costs, and an order of the tests that follows from it.
 
-With ``FOVEA_TEST_COSTS=FILE`` the tests append one line of JSON each: seconds, CPU seconds of this process and of the processes
-it waited for, processes that the warm server forked for it, and the MiB it holds afterwards. ``python -m tests.helpers.costs F``
-prints the sums by file of such a file and records them in ``costs.json``, by which the longest files are started first.
+With ``FOVEA_TEST_COSTS=FILE`` the tests append one line of JSON each: seconds, CPU seconds of this process and of all below it
+(ranks of the pools too, Slurm's jobs not), processes that the warm server forked for it, and the MiB it holds afterwards.
+``python -m tests.helpers.costs F`` prints the sums by file of such a file and records them in ``costs.json``, by which the
+longest files are started first.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import itertools
@@ -19,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 RECORDED = Path(__file__).with_suffix(".json")  # file: seconds of its fast tests, seconds of its slow tests
@@ -56,11 +59,21 @@ def _slow(item: pytest.Item) -> bool:
 
 
 def spent() -> tuple[int, float]:
-    """Processes that the warm server forked for this one, and CPU seconds of this process and of all that it started."""
+    """Processes that the warm servers forked for this one, and CPU seconds of this process and of all that it started.
+
+    Those that still run count too, with what they have waited for, as the ranks of the pools do.
+    """
     own = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    told = Path(os.environ.get("FOVEA_WARM_PYTHON", "none")).with_name(f"cpu-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}")
-    count, seconds = (told.read_text() if told.exists() else "").split() or (0, 0.0)
-    return int(count), sum(usage.ru_utime + usage.ru_stime for usage in own) + float(seconds)
+    count, seconds = 0, 0.0
+    folder, worker = Path(os.environ.get("FOVEA_WARM_PYTHON", "none")).parent, os.environ.get("PYTEST_XDIST_WORKER", "main")
+    for told in (folder / f"cpu-{worker}", folder / "standin" / f"cpu-{worker}"):
+        one, its = (told.read_text() if told.exists() else "").split() or (0, 0.0)
+        count, seconds = count + int(one), seconds + float(its)
+    running = 0.0
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            running += sum(process.cpu_times()[:4])
+    return count, sum(usage.ru_utime + usage.ru_stime for usage in own) + running + seconds
 
 
 def resident() -> int:
@@ -82,9 +95,9 @@ def free_memory() -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Measure one test with its fixtures."""
-    wall, (forked, cpu) = time.perf_counter(), spent()
-    result = yield
     file = os.environ.get("FOVEA_TEST_COSTS")
+    wall, (forked, cpu) = time.perf_counter(), spent() if file else (0, 0.0)
+    result = yield
     if file:
         processes, seconds = spent()
         row = {

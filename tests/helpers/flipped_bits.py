@@ -134,10 +134,10 @@ def trained(name: str, zero: Any, accumulation: int, every: int | None, steps: i
 
 
 def flipped(
-    name: str, zero: Any, accumulation: int, places: tuple[str, ...], count: int, seed: int
+    name: str, zero: Any, accumulation: int, places: tuple[str, ...], count: int, seed: int, **changes: Any
 ) -> list[tuple[Flip, str, int | None]]:
     """On a rank: what is reported of some flipped bits, one after another in the same state."""
-    one = Verified(name, zero, accumulation, 1)
+    one = Verified(name, zero, accumulation, 1, **changes)
     check = one.verification
     assert check is not None
     one.advance(0)

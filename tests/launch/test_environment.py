@@ -145,10 +145,13 @@ def test_an_ignored_hangup_stays_ignored_and_a_lost_output_ends_nothing(work: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["launch.py", "launch/__init__.py", "pipeline/errors.py", "torch.py"])
-def test_files_of_common_names_in_the_working_directory_change_nothing(work: Path, name: str) -> None:
-    (work / name).parent.mkdir(exist_ok=True)
-    (work / name).write_text("raise SystemExit('mine')\n")
+@pytest.mark.parametrize(
+    "names", [("launch.py", "pipeline/errors.py", "torch.py"), ("launch/__init__.py",)], ids=["files", "package"]
+)
+def test_files_of_common_names_in_the_working_directory_change_nothing(work: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        (work / name).parent.mkdir(exist_ok=True)
+        (work / name).write_text(f"raise SystemExit('mine: {name}')\n")
     start = "import sys; sys.path[0] = sys.argv.pop(1); from launch.cli.main import main; main()"  # as the installed command
     words = ["train", "toy.yaml", *SHORT[:-1], "launch.num_processes=2", "train.duration=2 steps"]
     done = subprocess.run(

@@ -12,11 +12,30 @@ from torch import Tensor
 
 from pipeline.config.schema import METHODS
 from pipeline.models.tokens import Tokens
-from tests.helpers.matrix import fast_only
 from tests.helpers.rank_pool import pool
 from tests.helpers.tiny_methods import STEP, batch_at, config, first_steps, interrupted, make_method
 
 METHODS = sorted(METHODS)
+
+
+def staged(stages: dict[str, int], fast: set[tuple[str, int]]) -> list[Any]:
+    """ZeRO stages 1 and 3 of all methods: some for every run, each method with one stage besides, and all in full runs."""
+    slow = pytest.mark.slow
+    return [
+        pytest.param(
+            name,
+            zero,
+            id=f"{name}-{zero}",
+            marks=[] if (name, zero) in fast else [slow] * (zero == stages[name]) or [slow, pytest.mark.full],
+        )
+        for name in METHODS
+        for zero in (1, 3)
+    ]
+
+
+# Each method has one stage on two ranks against one, and the other from a checkpoint.
+ON_TWO_RANKS = {name: (1, 3)[number % 2] for number, name in enumerate(METHODS)}
+FROM_A_CHECKPOINT = {name: 4 - zero for name, zero in ON_TWO_RANKS.items()}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -93,8 +112,7 @@ def whole(ranks: list[dict[str, Any]]) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.slow), 3])
-@pytest.mark.parametrize("name", fast_only(METHODS, ["dinov2", "clip"]))
+@pytest.mark.parametrize(("name", "zero"), staged(ON_TWO_RANKS, {("dinov2", 3), ("clip", 3)}))
 def test_two_ranks_are_one(name: str, zero: int) -> None:
     compare(pool(2).run(first_steps, name=name, zero=zero), alone(name))
 
@@ -125,8 +143,7 @@ def test_micro_batches_are_one_batch_unless_the_method_says_otherwise(name: str)
     compare(pool(1).run(first_steps, name=name, zero=0, accumulation=4, steps=1, **changes), expected)
 
 
-@pytest.mark.parametrize("zero", [1, pytest.param(3, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", fast_only(METHODS, ["dinov2", "byol", "detailclip"]))
+@pytest.mark.parametrize(("name", "zero"), staged(FROM_A_CHECKPOINT, {("dinov2", 1), ("byol", 1), ("detailclip", 1)}))
 def test_going_on_from_a_checkpoint_is_as_if_nothing_had_happened(name: str, zero: int, tmp_path: Path) -> None:
     given = {"name": name, "zero": zero, "directory": str(tmp_path)}
     through = pool(2).run(interrupted, **given, load_at=None, save_at=2, until=3, seed=0)

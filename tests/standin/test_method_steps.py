@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from tests.standin.allowed_waits import ALLOWED
 pytestmark = pytest.mark.slow
 
 RANK = 3
+Stepped = Callable[[str], tuple[dict[str, Any], Record]]
 
 
 def measured(out: Path, *arguments: str) -> tuple[dict[str, Any], Record]:
@@ -25,6 +28,12 @@ def measured(out: Path, *arguments: str) -> tuple[dict[str, Any], Record]:
     assert done.returncode == 0, done.stderr[-4000:]
     document = json.loads(out.read_text())
     return document, Record.from_json(document["records"][-1])
+
+
+@pytest.fixture(scope="module")
+def stepped(tmp_path_factory: pytest.TempPathFactory) -> Stepped:
+    """What one step of a method is, measured once."""
+    return cache(lambda name: measured(tmp_path_factory.mktemp("step") / "step.json", *METHODS[name]))
 
 
 def waits(record: Record) -> dict[str, int]:
@@ -36,8 +45,8 @@ def waits(record: Record) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_step_waits_only_where_the_table_says(name: str, tmp_path: Path) -> None:
-    document, record = measured(tmp_path / "step.json", *METHODS[name])
+def test_a_step_waits_only_where_the_table_says(name: str, stepped: Stepped) -> None:
+    document, record = stepped(name)
     assert document["parameters"] > 20_000_000, "not a real size"
     assert {call.kind for call in record.calls} >= {"kernel", "gemm", "copy"}
     assert not [call.name for call in record.calls if call.kind == "unmodelled"]
@@ -56,8 +65,8 @@ def test_a_compiled_step_as_a_gpu_runs_by_default_waits_nowhere(name: str, tmp_p
     assert {call.device for call in record.calls} == {RANK}
 
 
-def test_at_most_six_optimizer_calls_and_gathers_update_the_54_groups_of_vitl16_short(tmp_path: Path) -> None:
-    document, record = measured(tmp_path / "step.json", *METHODS["dinov2"])
+def test_at_most_six_optimizer_calls_and_gathers_update_the_54_groups_of_vitl16_short(stepped: Stepped) -> None:
+    document, record = stepped("dinov2")
     gathers = sum(one.calls for one in record.collectives if "gather" in one.name and one.device == "cuda")
     assert document["groups"] == 54 and 0 < record.functions["optimizer step"] <= 6 and 0 < gathers <= 6
 

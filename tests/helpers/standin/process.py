@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
 from tests.helpers.standin.build import environment
 from tests.helpers.standin.recorder import Recorder
+from tests.helpers.warm import restore_variables, standin
 
 ROOT = Path(__file__).resolve().parents[3]
 _HANG = 900  # seconds
+_BY_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
 # An engine that this process has imported without a GPU has chosen DeepSpeed's accelerator for it and its children.
 _NOT_INHERITED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_ACCELERATOR")
 
 
-def begin() -> Recorder:
-    """Records from here on, with fake process groups and without cuDNN, which the stand-in does not replace."""
-    faulthandler.dump_traceback_later(_HANG, exit=True)
+_begun: list[Recorder] = []
+
+
+def begin(limit: int = _HANG) -> Recorder:
+    """Records from here on, with fake process groups and without cuDNN, which the stand-in does not replace.
+
+    In a process that was forked from one that had begun, the same recorder goes on.
+
+    Args:
+        limit: seconds after which the process is ended; 0 for one that is forked from, whose timer a fork could not replace.
+    """
+    if limit:
+        faulthandler.dump_traceback_later(limit, exit=True)
     import torch
 
+    if _begun:
+        _begun[0].forked()
+        return _begun[0]
     torch.backends.cudnn.enabled = False
     torch.backends.cuda.enable_cudnn_sdp(False)
     recorder = Recorder()
@@ -30,7 +47,28 @@ def begin() -> Recorder:
 
     answers.install()
     ranks.install(recorder)
+    _begun.append(recorder)
     return recorder
+
+
+@contextlib.contextmanager
+def begun_to_be_forked() -> Iterator[None]:
+    """Begins in a process that is forked from when it has imported within this block.
+
+    What imports there counts devices without opening them, after which torch would refuse to open them in a fork.
+    """
+    begin(0)
+    import torch
+
+    before, os.environ[_BY_NVML] = os.environ.get(_BY_NVML), "1"
+    counted = torch.cuda._device_count_nvml
+    torch.cuda._device_count_nvml = lambda: int(os.environ["STANDIN_DEVICES"])
+    try:
+        yield
+    finally:
+        torch.cuda._device_count_nvml = counted
+        if before is None:
+            del os.environ[_BY_NVML]
 
 
 def end() -> NoReturn:
@@ -56,9 +94,11 @@ def run(
         checkout: the folder whose code is run, see :func:`overlay`.
         variables: further environment variables.
     """
+    restore_variables()  # what imports in this process have set, or not yet, is no reason to start anew
     own = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+    python = standin({**own, **environment(), "PYTHONPATH": str(ROOT)})
     return subprocess.run(
-        [sys.executable, "-m", f"tests.helpers.standin.{module}", *arguments],
+        [python, "-m", f"tests.helpers.standin.{module}", *arguments],
         env={**own, **environment(devices=devices), "PYTHONPATH": str(checkout), **variables},
         cwd=checkout,
         capture_output=True,

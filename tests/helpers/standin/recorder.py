@@ -128,6 +128,11 @@ class Recorder:
         self._record = Record()
         self._watch_threads()
 
+    def forked(self) -> None:
+        """Goes on in a fork, whose main thread has a number of its own; the library may still have the old one."""
+        self._threads[threading.get_native_id()] = "main"
+        self._begun = self._cpu_seconds()
+
     def count(self, name: str) -> None:
         """Counts a call of a Python function, under a name."""
         self._record.functions[name] = self._record.functions.get(name, 0) + 1

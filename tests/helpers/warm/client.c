@@ -1,10 +1,12 @@
 /* A stand-in for the python interpreter in tests: asks a server that has already imported the heavy packages to fork a process
    that runs the same command, and behaves as that process: same standard streams, signals, exit status. The first client starts
-   the server. Falls back to the real interpreter for other commands, and where the server declines. Usage: as python.
+   the server. Falls back to the real interpreter for other commands, and where the server declines. Files that it has inherited
+   besides the streams are passed on under their numbers. Usage: as python.
 
-   Compiled with PYTHON (the real interpreter), FOLDER (of socket, lock and log), SERVER (server.py) and OWNER (the process whose
-   end ends the server) as strings; FOLDER/environment holds the server's variables, each with a final zero byte. */
+   Compiled with PYTHON (the real interpreter), FOLDER (of socket, lock and log), SERVER (server.py), OWNER (the process whose
+   end ends the server) and KIND (of the server) as strings; FOLDER/environment holds the server's variables, each with a final zero byte. */
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
@@ -22,7 +24,8 @@
 extern char **environ;
 static volatile sig_atomic_t child = 0;
 static const int FORWARDED[] = {SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2};
-static const char *const OURS[] = {"launch.rank_main", "launch.cli", "pipeline.", "tests.helpers."};
+enum { MOST = 64 }; /* files that are passed on */
+static const char *const OURS[] = {"launch.rank_main", "launch.rank_server", "launch.replay", "launch.cli", "pipeline.", "tests.helpers."};
 static const char *const NEW[] = {"pipeline.bench.prove.runner"}; /* it ends with its parent, which of a fork is the server */
 static volatile sig_atomic_t pending[65];
 
@@ -54,7 +57,7 @@ static void serve(void) {
     dup2(log, 2);
     setsid();
     for (int n = 1; n < 32; n++) signal(n, SIG_DFL);
-    execle(PYTHON, PYTHON, "-P", SERVER, FOLDER "/socket", OWNER, (char *)NULL, variables);
+    execle(PYTHON, PYTHON, "-P", SERVER, FOLDER "/socket", OWNER, KIND, (char *)NULL, variables);
     _exit(1);
 }
 
@@ -117,21 +120,42 @@ static int fits(char **argv) {
     return 0;
 }
 
+/* Numbers of the open files, the standard streams first; 0 if there are more than MOST. */
+static size_t inherited(int *files) {
+    size_t count = 3;
+    for (int n = 0; n < 3; n++) files[n] = n;
+    DIR *folder = opendir("/proc/self/fd");
+    if (!folder) return 0;
+    for (struct dirent *one; (one = readdir(folder));) {
+        int number = atoi(one->d_name);
+        if (number < 3 || number == dirfd(folder)) continue;
+        if (count == MOST) { count = 0; break; }
+        files[count++] = number;
+    }
+    closedir(folder);
+    return count;
+}
+
 int main(int argc, char **argv) {
     const char *wanted = getenv("FOVEA_WARM");
-    if (!fits(argv) || (wanted && !strcmp(wanted, "0"))) real(argv);
+    int files[MOST];
+    size_t opened = 0;
+    if (!fits(argv) || (wanted && !strcmp(wanted, "0")) || !(opened = inherited(files))) real(argv);
     int server = connected();
     if (server < 0) real(argv);
 
     char *cwd = get_current_dir_name();
     if (cwd == NULL) real(argv);
-    size_t size = strlen(cwd) + 1, words = argc - 1, variables = 0;
+    char numbers[12 * MOST] = "", *end = numbers;
+    for (size_t i = 3; i < opened; i++) end += sprintf(end, "%d ", files[i]);
+    size_t size = strlen(cwd) + strlen(numbers) + 2, words = argc - 1, variables = 0;
     for (int i = 1; i < argc; i++) size += strlen(argv[i]) + 1;
     for (char **one = environ; *one; one++, variables++) size += strlen(*one) + 1;
     uint32_t head[3] = {(uint32_t)size, (uint32_t)words, (uint32_t)variables};
     char *body = malloc(size), *at = body;
     if (body == NULL) real(argv);
     at = stpcpy(at, cwd) + 1;
+    at = stpcpy(at, numbers) + 1;
     for (int i = 1; i < argc; i++) at = stpcpy(at, argv[i]) + 1;
     for (char **one = environ; *one; one++) at = stpcpy(at, *one) + 1;
 
@@ -145,15 +169,15 @@ int main(int argc, char **argv) {
         sigaction(n, NULL, &before);
         if (before.sa_handler == SIG_IGN) ignored |= 1ull << n;
     }
-    int streams[3] = {0, 1, 2};
-    char control[CMSG_SPACE(sizeof streams)] = {0};
+    char control[CMSG_SPACE(sizeof files)] = {0};
+    size_t passed = opened * sizeof *files;
     struct iovec parts[2] = {{head, sizeof head}, {&ignored, sizeof ignored}};
-    struct msghdr message = {.msg_iov = parts, .msg_iovlen = 2, .msg_control = control, .msg_controllen = sizeof control};
+    struct msghdr message = {.msg_iov = parts, .msg_iovlen = 2, .msg_control = control, .msg_controllen = CMSG_SPACE(passed)};
     struct cmsghdr *rights = CMSG_FIRSTHDR(&message);
     rights->cmsg_level = SOL_SOCKET;
     rights->cmsg_type = SCM_RIGHTS;
-    rights->cmsg_len = CMSG_LEN(sizeof streams);
-    memcpy(CMSG_DATA(rights), streams, sizeof streams);
+    rights->cmsg_len = CMSG_LEN(passed);
+    memcpy(CMSG_DATA(rights), files, passed);
     int32_t answer = 0;
     if (sendmsg(server, &message, MSG_NOSIGNAL) < 0 || put(server, body, size) || get(server, &answer, sizeof answer) || answer <= 0) {
         for (size_t i = 0; i < sizeof FORWARDED / sizeof *FORWARDED; i++) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import fcntl
 import gc
 import importlib
 import os
@@ -33,25 +34,31 @@ PRELOADED = (
     "pipeline.data.augment.decode",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # loaded by the first engine; it loads the compiler
 )
-# Variables that packages read when they are imported: a process with other values starts anew.
+# Variables that packages read when they are imported: a process with other values starts anew. The Hugging Face and torch hubs
+# read XDG_CACHE_HOME too, for weights that they download, which no test does.
 READ_AT_IMPORT = (
     *("PYTHON", "LD_", "LANG", "LC_", "TZ", "CUDA", "NVIDIA", "NCCL", "TORCH", "PYTORCH", "DS_", "DEEPSPEED", "TRITON"),
-    *("MKL_", "OPENBLAS", "GOTO_", "KMP_", "OMP_P", "OMP_S", "HF_", "HUGGINGFACE", "TRANSFORMERS", "MLFLOW", "DALI_", "XDG_"),
-    *("FOVEA_KERNELS", "FOVEA_CACHE", "ACCELERATE", "HOME", "NO_COLOR", "FORCE_COLOR", "TERM"),
+    *("MKL_", "OPENBLAS", "GOTO_", "KMP_", "OMP_P", "OMP_S", "HF_", "HUGGINGFACE", "TRANSFORMERS", "MLFLOW", "DALI_"),
+    *("FOVEA_KERNELS", "FOVEA_CACHE", "ACCELERATE", "HOME", "NO_COLOR", "FORCE_COLOR", "TERM", "STANDIN_"),
 )
-HANDLED = {"PYTHONSAFEPATH", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE"}
+HANDLED = {"PYTHONSAFEPATH", "PYTHONDONTWRITEBYTECODE", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE"}
 INSTALLED = bool(os.environ.pop("FOVEA_WARM_INSTALLED", ""))  # without PYTHONPATH the same packages are found
 _HEAD = struct.Struct("=IIIQ")
-_Request = tuple[str, list[str], dict[str, str], list[int], int]  # directory, words, environment, streams, ignored signals
+_MOST = 64  # files that a client passes on
+
+# Directory, words, environment, files by the number that they shall have, ignored signals.
+_Request = tuple[str, list[str], dict[str, str], dict[int, int], int]
 
 
-def main(path: str, owner: int) -> None:
-    """Serve on a socket until another process has ended."""
+def main(path: str, owner: int, kind: str) -> None:
+    """Serve on a socket until another process has ended; what is forked by a server of the kind ``standin`` has begun as such."""
     ended = os.pidfd_open(owner)
     before = dict(os.environ)
-    for name in PRELOADED:
-        importlib.import_module(name)
-    _convert_graphs()
+    standin = kind == "standin"
+    with importlib.import_module("tests.helpers.standin.process").begun_to_be_forked() if standin else contextlib.nullcontext():
+        for name in PRELOADED:
+            importlib.import_module(name)
+        _convert_graphs()
     set_by_imports = {name: value for name, value in os.environ.items() if before.get(name) != value}
     own = _relevant(before)
     gc.collect()
@@ -93,9 +100,17 @@ def main(path: str, owner: int) -> None:
             with contextlib.suppress(OSError, EOFError, ValueError):
                 request = _receive(client)
                 peer = _peer(client)
-                if request is None or not _alike(peer) or not _fits(request, own, set_by_imports):
-                    for stream in request[3] if request else ():
-                        os.close(stream)
+                ours = {
+                    listener.fileno(),
+                    wake,
+                    waker,
+                    ended,
+                    client.fileno(),
+                    *(other.fileno() for other, _ in children.values()),
+                }
+                if request is None or not _alike(peer) or not _fits(request, own, set_by_imports) or _taken(request[3], ours):
+                    for file in request[3].values() if request else ():
+                        os.close(file)
                     client.sendall(struct.pack("=i", 0))
                     client.close()
                     continue
@@ -103,8 +118,8 @@ def main(path: str, owner: int) -> None:
                 if pid == 0:
                     others = [other for other, _ in children.values()]
                     _become(request, client, peer, [listener, *others], (wake, waker, ended), set_by_imports)
-                for stream in request[3]:
-                    os.close(stream)
+                for file in request[3].values():
+                    os.close(file)
                 children[pid] = client, request[2].get("PYTEST_XDIST_WORKER", "main")
                 client.sendall(struct.pack("=i", pid))
 
@@ -161,9 +176,13 @@ def _inherit(peer: int) -> None:
         os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, peer))
 
 
-def _fits(
-    request: tuple[str, list[str], dict[str, str], list[int], int], own: dict[str, str], set_by_imports: dict[str, str]
-) -> bool:
+def _taken(files: dict[int, int], ours: set[int]) -> bool:
+    """Whether a number that a file shall have is that of one which imports have opened; a fork closes ours."""
+    others = set(files) - {0, 1, 2} - ours - set(files.values())
+    return any(os.path.lexists(f"/proc/self/fd/{number}") for number in others)
+
+
+def _fits(request: _Request, own: dict[str, str], set_by_imports: dict[str, str]) -> bool:
     """Whether a new process would have imported the same: nothing that imports read is another, and nothing lies in their way."""
     cwd, words, environment, _, _ = request
     theirs = {n: v for n, v in _relevant(environment).items() if set_by_imports.get(n) != v}
@@ -184,12 +203,12 @@ def _safe(words: list[str], environment: Mapping[str, str]) -> bool:
 
 
 def _receive(client: socket.socket) -> _Request | None:
-    streams = array.array("i")
-    head, ancillary, _, _ = client.recvmsg(_HEAD.size, socket.CMSG_SPACE(3 * streams.itemsize))
+    files = array.array("i")
+    head, ancillary, _, _ = client.recvmsg(_HEAD.size, socket.CMSG_SPACE(_MOST * files.itemsize))
     for level, kind, data in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            streams.frombytes(data[: len(data) - len(data) % streams.itemsize])
-    if len(head) < _HEAD.size or len(streams) != 3:
+            files.frombytes(data[: len(data) - len(data) % files.itemsize])
+    if len(head) < _HEAD.size or len(files) < 3:
         return None
     size, words, _, ignored = _HEAD.unpack(head)
     body = b""
@@ -198,9 +217,10 @@ def _receive(client: socket.socket) -> _Request | None:
         if not part:
             return None
         body += part
-    texts = [os.fsdecode(part) for part in body.split(b"\0")[:-1]]
-    environment = dict(text.split("=", 1) for text in texts[1 + words :])
-    return texts[0], texts[1 : 1 + words], environment, list(streams), ignored
+    cwd, numbers, *texts = [os.fsdecode(part) for part in body.split(b"\0")[:-1]]
+    environment = dict(text.split("=", 1) for text in texts[words:])
+    named = zip((0, 1, 2, *map(int, numbers.split())), files, strict=True)
+    return cwd, texts[:words], environment, dict(named), ignored
 
 
 def _become(
@@ -212,7 +232,7 @@ def _become(
     set_by_imports: dict[str, str],
 ) -> NoReturn:
     """In the forked process: run the command, and end."""
-    cwd, words, environment, streams, ignored = request
+    cwd, words, environment, files, ignored = request
     signal.set_wakeup_fd(-1)
     for number in range(1, 32):
         if number not in (signal.SIGKILL, signal.SIGSTOP):
@@ -229,14 +249,20 @@ def _become(
         os.close(pipe)
     _inherit(peer)
     os.setsid()
-    threading.Thread(target=_follow, args=(client,), daemon=True).start()
-    for number, stream in enumerate(streams):
-        os.dup2(stream, number)
-        os.close(stream)
+    free = max(files) + 1  # from here on nothing is in the way of the numbers that the files shall have
+    moved = {number: fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, free) for number, file in files.items()}
+    held = socket.socket(fileno=fcntl.fcntl(client, fcntl.F_DUPFD_CLOEXEC, free))
+    threading.Thread(target=_follow, args=(held,), daemon=True).start()
+    for file in (*files.values(), client.detach()):
+        os.close(file)
+    for number, file in moved.items():
+        os.dup2(file, number)
+        os.close(file)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(set_by_imports | environment)
     sys.executable = str(Path(sys.argv[1]).with_name("python"))
+    sys.dont_write_bytecode = bool(environment.get("PYTHONDONTWRITEBYTECODE"))
     tempfile.tempdir = None  # read again from this environment
     import numpy as np
     import torch
@@ -286,4 +312,4 @@ def _run(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
