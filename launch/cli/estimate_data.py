@@ -58,7 +58,7 @@ def data_cost(config: Config, *, ranks: int, nodes: int, shards: int, samples: i
     batch, block = config.train.global_batch_size, config.data.shuffle_block_size
 
     def streams_of(extents: Sequence[Extent]) -> int:
-        return num_streams(batch, config.data.canonical_streams or default_streams(batch, ranks, extents, block), block)
+        return num_streams(batch, config.data.canonical_streams or default_streams(batch, extents, block), block)
 
     selected = bool(config.data.selection_files)
     existing = Indexer(config).existing()

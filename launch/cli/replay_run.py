@@ -130,7 +130,7 @@ def _overview(run: RunDirectory, options: ReplayOptions) -> Overview:
 
 
 def _first_world(overview: Overview) -> int:
-    """Number of ranks of the attempt that began the order of samples, where no checkpoint tells how many streams it has."""
+    """Number of ranks of the attempt that began the run; any that divides its batch will do."""
     attempt = overview.attempts.get(0, min(overview.headers, default=-1))
     return overview.headers[attempt].world if attempt in overview.headers else 1
 

@@ -169,7 +169,7 @@ def settings(run: RunDirectory, scratch: Path, ranks: int, header: Header | None
         scratch: the scratch directory, which replaces the run's.
         ranks: number of ranks.
         header: what the run recorded of the attempt, whose ranks, stage and threads are used.
-        streams: number of streams of the run's order of samples, which by default follows from its first number of ranks.
+        streams: number of streams of the run's order of samples.
         changes: texts ``KEY=VALUE``.
 
     Raises:

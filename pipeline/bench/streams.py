@@ -80,13 +80,13 @@ class Default:
     Attributes:
         ranks: number of ranks.
         streams: number of streams.
-        first: shards that the first step needs for each rank, the most of 16 epochs.
+        first: shards that the first step needs on the first node, the most of 16 epochs.
         amplification: bytes that all nodes download for each byte used, in the first 1000 steps.
     """
 
     ranks: int
     streams: int
-    first: float
+    first: int
     amplification: float
 
 
@@ -133,10 +133,10 @@ def defaults(shape: Shape, ranks: Sequence[int]) -> list[Default]:
     extent = Extent(shape.shards * shape.rows, shape.shards, shape.shards * shape.rows * _SAMPLE_BYTES)
     rows = []
     for number in ranks:
-        streams, nodes = default_streams(shape.batch, number, [extent], shape.block), max(number // _RANKS_OF_A_NODE, 1)
+        streams, nodes = default_streams(shape.batch, [extent], shape.block), max(number // _RANKS_OF_A_NODE, 1)
         order = Order(np.full(shape.shards, shape.rows), 0, shape.batch, streams, shape.block)
         firsts = [order.first_step(epoch) for epoch in range(_EPOCHS)]
-        first = max(len(order.shards(one, one + 1)) for one in firsts) / number
+        first = max(len(order.shards(one, one + 1, _of(order, nodes, 0))) for one in firsts)
         steps = min(_STEPS, order.steps_per_epoch)
         down = sum(len(order.shards(0, steps, _of(order, nodes, node))) for node in range(nodes))
         rows.append(Default(number, order.streams, first, down * shape.rows / (steps * shape.batch)))
@@ -234,12 +234,13 @@ def markdown(rows: Sequence[Mixing], estimates: Sequence[Compared], chosen: Sequ
         lines += [
             "",
             f"By default a new run on this set ({shape.shards * shape.rows * _SAMPLE_BYTES / 1e12:,.0f} TB) has these, with "
-            f"{_RANKS_OF_A_NODE} ranks on a node; a set whose first step needs at most 16 GiB, or 2 GiB per rank, has 256:",
+            f"{_RANKS_OF_A_NODE} ranks on a node; nodes that share a stream download its shards each. A set whose first step "
+            "needs at most 256 GiB has 256 streams:",
             "",
-            "| ranks | streams | shards for the first step, per rank | bytes downloaded for each used, 1000 steps |",
+            "| ranks | streams | shards for the first step of a node | bytes downloaded for each used, 1000 steps |",
             "|---:|---:|---:|---:|",
         ]
-        lines += [f"| {row.ranks} | {row.streams} | {row.first:.2f} | {row.amplification:.2f} |" for row in chosen]
+        lines += [f"| {row.ranks} | {row.streams} | {row.first} | {row.amplification:.2f} |" for row in chosen]
     lines += [
         "",
         "## What fovea estimate says, and what it is",

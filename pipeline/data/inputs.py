@@ -61,7 +61,7 @@ def prepare(config: Config, world: int, progress: Progress | None = None, *, reu
     streams = config.data.canonical_streams or _streams_of_checkpoints(config)
     if streams is None:
         extents = extents_of(train.sizes, train.shards.sizes, sources)
-        streams = default_streams(batch, world, extents, config.data.shuffle_block_size)
+        streams = default_streams(batch, extents, config.data.shuffle_block_size)
     weights = weights_of(train, sources)
     order = Order(train.sizes, config.run.seed, batch, streams, config.data.shuffle_block_size, sources, weights)
     order.check_world(world)

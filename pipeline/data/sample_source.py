@@ -25,6 +25,7 @@ from pipeline.data.loader.bad_samples import Event
 from pipeline.data.loader.members import MemberReader
 from pipeline.data.loader.reader import Record
 from pipeline.data.loader.text import choose
+from pipeline.data.order.default_streams import default_streams, extents_of
 from pipeline.data.order.order import GlobalBatch, Order, Source, rank_slice
 from pipeline.data.selections.apply import selection_identity, weights_of
 from pipeline.data.settings import DataSettings
@@ -128,7 +129,8 @@ class SampleSource:
         global_batch_size, seed = integer("global_batch_size", global_batch_size, 1), integer("seed", seed)
         config = _Settings(settings)
         manifest, sources = Indexer(config).training_set(tuple(require))
-        streams, block_size = settings.canonical_streams, settings.shuffle_block_size
+        block_size, extents = settings.shuffle_block_size, extents_of(manifest.sizes, manifest.shards.sizes, sources)
+        streams = settings.canonical_streams or default_streams(global_batch_size, extents, block_size)
         order = Order(manifest.sizes, seed, global_batch_size, streams, block_size, sources, weights_of(manifest, sources))
         only = None if members is None else {*members, *settings.images}
         reader = MemberReader(manifest, checksum=settings.verify_checksums, store=open_storage(config), only=only)

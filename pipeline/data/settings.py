@@ -107,8 +107,8 @@ class DataSettings(Settings):
         default=None,
         description="number of streams into which the global order is divided, a divisor of the global batch size; fewer mean "
         "fewer shards in use at a time (fovea estimate shows how many); null means the greatest common divisor of the global "
-        "batch size and 256, multiplied if it is not divisible by the run's first number of ranks, and for large sets fewer, "
-        "down to 8 or one per rank, as long as the shards of the first step exceed 16 GiB, 2 GiB per rank and 2 shards per rank",
+        "batch size and 256, or, where the shards of the first step would have more than 256 GiB, about one for 512 samples of "
+        "the batch, and at least 8",
     )
     shuffle_block_size: Count = Field(default=16384, description="number of samples shuffled together")
     image_extensions: Texts = Field(

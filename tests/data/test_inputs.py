@@ -25,7 +25,7 @@ from pipeline.data import indexing
 from pipeline.data.indexing import Indexer
 from pipeline.data.inputs import Inputs, data_identity, prepare
 from pipeline.data.order.default_streams import Extent, default_streams
-from pipeline.data.order.order import Order, Source, num_streams
+from pipeline.data.order.order import Order, Source
 from pipeline.data.pack import synthetic as scenes
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.methods.dinov2.settings import Dinov2Settings
@@ -175,11 +175,12 @@ def test_numbers_that_do_not_divide_are_refused_with_those_that_do(shards: Path,
     assert "divisor of 8" in caught.value.hint
 
 
-def test_a_run_has_the_streams_that_its_first_number_of_ranks_needs(shards: Path, tmp_path: Path) -> None:
+def test_a_run_keeps_the_streams_of_its_checkpoint_on_any_number_of_ranks(shards: Path, tmp_path: Path) -> None:
     overrides = ["train.global_batch_size=24", "data.canonical_streams=null"]
     config = settings(shards, tmp_path, *overrides, f"run.directory={tmp_path}/run")
-    assert (prepare(config, 2).order.streams, prepare(config, 3).order.streams, prepare(config, 12).order.streams) == (8, 24, 24)
-    first = prepare(config, 3)
+    assert {prepare(config, world).order.streams for world in (1, 2, 3, 12)} == {8}
+    earlier = settings(shards, tmp_path, overrides[0], "data.canonical_streams=24", f"run.directory={tmp_path}/run")
+    first = prepare(earlier, 3)  # as an earlier version chose it for three ranks
     folder = RunDirectory(config.run.folder).checkpoints / "step_000000002"
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text(json.dumps({"data": data_identity(first)}))
@@ -190,7 +191,7 @@ def test_a_run_has_the_streams_that_its_first_number_of_ranks_needs(shards: Path
         assert np.array_equal(np.concatenate(parts), first.order.batch(step).ids)
     branch = settings(shards, tmp_path, *overrides, f"run.directory={tmp_path}/branch", f"checkpoint.resume={folder}")
     assert prepare(branch, 4).order.streams == 24
-    (folder / "manifest.json").write_text(json.dumps({"data": {**data_identity(first), "lanes": 8}}))
+    (folder / "manifest.json").unlink()
     few = prepare(config, 3)
     assert few.order.streams == 8, "ranks may share a stream"
     parts = [few.order.rank_batch(5, 3, rank).ids for rank in range(3)]
@@ -199,45 +200,55 @@ def test_a_run_has_the_streams_that_its_first_number_of_ranks_needs(shards: Path
         prepare(config, 5)
     for document in ("[]", '{"data": {"lanes": "8", "global_batch": 24}}', '{"data": {"lanes": 8, "global_batch": 16}}', "{"):
         (folder / "manifest.json").write_text(document)
-        assert prepare(config, 3).order.streams == 24
+        assert prepare(config, 3).order.streams == 8
 
 
 SMALL = Extent(50_000, 50, 10**8)
 
 
-def test_any_number_of_ranks_that_divides_the_batch_can_begin_a_run() -> None:
-    for batch in (96, 1536, 3072, 4096, 6144, 32768):
-        for world in (1, 8, 96, 256, 384, 512, 4096):
-            streams = default_streams(batch, world, [SMALL], 16384) or num_streams(batch, None, 1)
-            if batch % world == 0:
-                assert batch % streams == 0 and streams % world == 0
-                assert streams == math.gcd(batch, 256) or math.gcd(batch, 256) % world
+def test_any_number_of_ranks_that_divides_the_batch_reads_parts_of_the_same_batches() -> None:
+    for batch, world in ((96, 96), (1536, 384), (3072, 96), (1024, 64), (1024, 3)):
+        order = Order(np.full(50, 1000), 0, batch, default_streams(batch, [SMALL], 16384), 16384)
+        assert order.streams == math.gcd(batch, 256)
+        if batch % world:
+            with pytest.raises(ConfigError, match="3 ranks cannot share"):
+                order.check_world(world)
+        else:
+            parts = [order.rank_batch(5, world, rank).ids for rank in range(world)]
+            assert np.array_equal(np.concatenate(parts), order.batch(5).ids)
 
 
-@pytest.mark.parametrize("block", [16384, 1000])
-@pytest.mark.parametrize(("world", "streams"), [(1, 8), (8, 8), (64, 64), (512, 512)])
-def test_a_new_run_on_a_large_set_begins_with_few_shards_of_each_rank(world: int, streams: int, block: int) -> None:
-    rows, shards, batch = 10_000, 20_000, 4096
-    chosen = default_streams(batch, world, [Extent(rows * shards, shards, 800_000_000 * shards)], block)
-    assert chosen is not None and chosen >= streams and chosen % world == 0
-    assert chosen == streams or block == 1000, "small blocks allow more"
+@pytest.mark.parametrize(("batch", "streams"), [(4096, 8), (1024, 8), (6144, 16), (32768, 64)])
+def test_a_large_set_has_few_streams_and_begins_with_few_shards(batch: int, streams: int) -> None:
+    rows, shards, block = 10_000, 20_000, 16384
+    assert default_streams(batch, [Extent(rows * shards, shards, 800_000_000 * shards)], block) == streams
     for seed in range(5):
-        order = Order(np.full(shards, rows), seed, batch, chosen, block)
-        assert len(order.shards(0, 1)) <= 3 * max(world, 8)
-        if block > 1000 and world <= 8:
-            assert len(order.shards(0, 1000)) * rows <= 1.3 * 1000 * batch
+        order = Order(np.full(shards, rows), seed, batch, streams, block)
+        assert len(order.shards(0, 1)) <= 3 * streams
+        assert len(order.shards(0, 1000)) * rows <= 1.3 * 1000 * batch
 
 
 def test_the_number_of_streams_is_that_of_the_batch_unless_the_first_step_is_large() -> None:
-    assert default_streams(4096, 8, [SMALL], 16384) is None
     imagenet = Extent(1_281_167, 1282, 130 * 10**9)
-    assert default_streams(1024, 8, [imagenet], 16384) == 8
-    assert default_streams(1024, 8, [imagenet], 64) == 128, "with small blocks the first step needs 2 shards of a stream"
-    assert default_streams(1024, 8, [imagenet, imagenet], 64) == 64, "and of two data sets twice as many"
-    assert default_streams(1024, 64, [imagenet], 16384) is None, "every rank has room for 2 GiB of it"
-    assert default_streams(1024, 3, [imagenet], 16384) == 8, "ranks that do not divide the batch are refused elsewhere"
-    assert default_streams(6, 2, [Extent(10**9, 10**5, 10**14)], 16384) is None, "2, of the batch"
-    assert default_streams(1, 1, [Extent(10**9, 10**5, 10**14)], 16384) is None
+    assert default_streams(4096, [SMALL], 16384) is None and default_streams(1024, [imagenet], 16384) is None
+    large = Extent(14_000_000, 14_000, 14 * 10**11)
+    assert default_streams(1024, [large], 16384) == 8
+    assert default_streams(1024, [large], 64) is None, "with small blocks the first step needs 2 shards of a stream"
+    assert default_streams(1024, [imagenet, imagenet, imagenet], 16384) == 8, "each data set has blocks of its own"
+    for odd in (1, 6, 24, 30, 100, 999):
+        few = default_streams(odd, [Extent(10**9, 10**5, 10**14)], 16384)
+        assert few is None or (odd % few == 0 and few < math.gcd(odd, 256))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_a_new_run_has_the_same_order_on_any_number_of_ranks(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int
+) -> None:
+    monkeypatch.setattr("pipeline.data.order.default_streams._FIRST_STEP", 0)
+    monkeypatch.setattr("pipeline.data.order.default_streams._LEAST", 2)
+    order = prepare(settings(shards, tmp_path, "train.global_batch_size=12", "data.canonical_streams=null"), world).order
+    assert order.streams == 2
+    assert np.array_equal(order.batch(1).ids, Order(order.datasets[0].counts, order.seed, 12, 2).batch(1).ids)
 
 
 def test_no_shards_few_samples_and_no_place_for_the_index_are_refused(shards: Path, tmp_path: Path) -> None:

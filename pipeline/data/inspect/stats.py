@@ -17,7 +17,8 @@ from pipeline.data.index.fields import CAPTION_SOURCES, FORMATS
 from pipeline.data.index.manifest import Manifest
 from pipeline.data.inspect import duplicates
 from pipeline.data.inspect.tally import Tally, pairs, percentiles, rounded_pairs
-from pipeline.data.order.order import Order, divisors
+from pipeline.data.order.default_streams import default_streams, extents_of
+from pipeline.data.order.order import BLOCK_SIZE, Order, divisors
 from pipeline.errors import FoveaError
 from pipeline.untrusted import printable, shown
 
@@ -253,7 +254,8 @@ def _duplicates(manifest: Manifest, groups: duplicates.Groups) -> Duplicates:
 
 def _order(manifest: Manifest, global_batch: int) -> dict[str, Any]:
     try:
-        order = Order(manifest.sizes, 0, global_batch)
+        streams = default_streams(global_batch, extents_of(manifest.sizes, manifest.shards.sizes, ()), BLOCK_SIZE)
+        order = Order(manifest.sizes, 0, global_batch, streams, BLOCK_SIZE)
     except FoveaError:
         return {"global_batch": global_batch}
     return {

@@ -1,8 +1,8 @@
-"""The number of streams of a new run, where ``data.canonical_streams`` leaves it open.
+"""The number of streams of an order, where ``data.canonical_streams`` leaves it open.
 
-Many streams mix shards that are stored by class or by source; each of them keeps the shards of a block of its own in use. The
-default number is high, unless the shards of the first step would be large: then a run begins with few shards of each rank, and
-downloads little more than it uses.
+Many streams mix shards that are stored by class or by source; each keeps the shards of a block of its own in use. The default is
+high, unless the shards of the first step would be many gigabytes: then a run begins with few shards, and downloads little more
+than it uses. It follows from the data and the batch alone, so that the batches are the same on any number of ranks.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from pipeline.data.order.order import Source
 
 _MOST, _LEAST = 256, 8
-_FIRST_STEP = 16 << 30  # bytes of shards for the first step of all ranks, below which the number is not lowered
-_OF_A_RANK = 2 << 30  # bytes of them for each rank, or two shards, if that is more
+_SHARE = 512  # samples of a batch from one stream, if there are few streams
+_FIRST_STEP = 256 << 30  # bytes of shards for the first step, above which there are few
 
 
 @dataclass(frozen=True)
 class Extent:
-    """Size of one data set of a run.
+    """Size of one data set.
 
     Attributes:
         samples: usable samples.
@@ -36,27 +36,26 @@ class Extent:
     size: int
 
 
-def default_streams(global_batch: int, world: int, extents: Sequence[Extent], block_size: int) -> int | None:
-    """Returns the number of streams of a new run; ``None`` for the default of :class:`pipeline.data.order.order.Order`.
+def default_streams(global_batch: int, extents: Sequence[Extent], block_size: int) -> int | None:
+    """Returns the number of streams; ``None`` for the default of :class:`pipeline.data.order.order.Order`.
 
     Args:
         global_batch: samples per step.
-        world: number of ranks.
         extents: the data sets.
         block_size: samples of one data set that are shuffled together in a stream.
     """
-    divisible = world > 0 and global_batch % world == 0
-    first = math.gcd(global_batch, _MOST)
-    limit = max(_FIRST_STEP, world * max(_OF_A_RANK, *(2 * one.size / max(one.shards, 1) for one in extents)))
-    chosen = 0
-    for number in (first // 2**power for power in range(first.bit_length()) if first % 2**power == 0):
-        shared = math.lcm(number, world) if divisible else number
-        if chosen and shared < min(_LEAST, first):
-            break
-        chosen = shared
-        if _first_step(extents, shared, block_size) <= limit:
-            break
-    return None if chosen == first else chosen
+    first = math.gcd(max(global_batch, 1), _MOST)
+    if _first_step(extents, first, block_size) <= _FIRST_STEP:
+        return None
+    few = max(_LEAST, global_batch // _SHARE)
+    chosen = next(number for number in _divisors_from(few) if global_batch % number == 0)
+    return chosen if chosen < first else None
+
+
+def _divisors_from(least: int) -> Sequence[int]:
+    """Candidates from a number on: powers of two, and at last 1, which always divides."""
+    power = 1 << (least - 1).bit_length()
+    return [*(power << shift for shift in range(10)), *(power >> shift for shift in range(1, power.bit_length()))]
 
 
 def _first_step(extents: Sequence[Extent], streams: int, block_size: int) -> float:
@@ -70,7 +69,7 @@ def _first_step(extents: Sequence[Extent], streams: int, block_size: int) -> flo
 
 
 def extents_of(samples: NDArray[np.int64], sizes: NDArray[np.int64], sources: Sequence[Source]) -> list[Extent]:
-    """The data sets of a run.
+    """The data sets of an index.
 
     Args:
         samples: usable samples of each shard, int64 ``[shards]``.

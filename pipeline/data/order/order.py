@@ -30,6 +30,7 @@ from pipeline.errors import ConfigError, DataError
 
 _SET = 0x5E7  # stream constant that gives each data set its own seed
 _DEFAULT_STREAMS = 256
+BLOCK_SIZE = 16384
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Order:
         seed: int,
         global_batch: int,
         streams: int | None = None,
-        block_size: int = 16384,
+        block_size: int = BLOCK_SIZE,
         sources: Sequence[Source] = (),
         weights: Mapping[int, SampleWeights] | None = None,
     ) -> None:
