@@ -5,13 +5,13 @@ Standard library only; the trackers' libraries are imported in a process of its 
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
+import sys
 
 from pipeline.runtime.interpreter import alone_environment, module_command
 from pipeline.runtime.run_directory import RunDirectory
 
-MODULE = "launch.cli.tracked_end"  # its argument is the run directory
+MODULE = "launch.cli.send_end"  # its argument is the run directory
 LIMIT = 60.0  # of the whole command, seconds
 
 
@@ -33,7 +33,11 @@ def send(run: RunDirectory) -> None:
     if not is_tracked(run):
         return
     command = module_command(MODULE, str(run.path))
-    with contextlib.suppress(subprocess.TimeoutExpired, OSError):
-        subprocess.run(
+    try:
+        done = subprocess.run(
             command, env=alone_environment(), stdin=subprocess.DEVNULL, capture_output=True, timeout=LIMIT, check=False
         )
+    except (subprocess.TimeoutExpired, OSError):
+        done = None
+    if done is None or done.returncode:
+        print("fovea: the trackers have not received the end of the run yet; the next attempt sends it", file=sys.stderr)

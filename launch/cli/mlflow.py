@@ -26,11 +26,11 @@ def sync(
     run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run directory, or its name below runs/.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="All runs below runs/.")] = False,
     uri: Annotated[str | None, typer.Option(help="An MLflow server other than the configured one.")] = None,
-    timeout: Annotated[float, typer.Option(help="Longest wait for each tracker, seconds.", min=0.0)] = 300.0,
+    timeout: Annotated[float, typer.Option(help="Longest wait for each tracker, seconds.", min=1.0)] = 300.0,
 ) -> None:
     """Send the journal records that MLflow has not received yet: after an outage, or for a run without network access.
 
-    A run whose ranks were killed is recorded as failed or stopped.
+    Where the ranks were killed, but their launcher or Slurm noted it, the run is recorded as failed or stopped.
 
     [b]Examples[/b]
 

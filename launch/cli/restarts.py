@@ -73,7 +73,7 @@ def attend(config: Config, run: RunDirectory, ranks: int, checkpoint: Saved | No
                 received=received,
             )
             before = checkpoint
-            run.note("end", attempt=attempt, code=code)
+            run.note("end", attempt=attempt, code=code, **({"signal": True} if received else {}))
             finished = (record.outcome(run, attempt) or {}).get("stop") == "FINISHED"  # a rank may be killed as it leaves
             if code == 0 or received or finished or not left:
                 return attempt, code

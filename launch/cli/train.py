@@ -89,9 +89,9 @@ def run(loaded: Loaded) -> int:
             initial.check(config)
         directory.write_settings(config, show(loaded, secrets=True, absolute=True))
         attempt, code = restarts.attend(config, directory, ranks, checkpoint, inputs)
-    if code and config.tracking.enabled:
-        send_end.send(directory)
-    _notify(loaded, directory, attempt, code)
+        _notify(loaded, directory, attempt, code)
+        if code and config.tracking.enabled:
+            send_end.send(directory)
     return code
 
 

@@ -25,7 +25,7 @@ from launch.slurm.job_nodes import JobNodes
 from launch.slurm.outbox import Outbox
 from launch.slurm.preflight import is_full
 from launch.slurm.steps import Step, filled, free_port
-from pipeline.errors import DataError, LaunchError
+from pipeline.errors import LaunchError
 from pipeline.masking import printable
 from pipeline.runtime import job_record as record
 from pipeline.runtime.run_directory import RunDirectory
@@ -78,8 +78,8 @@ class Supervisor:
         self._outbox.resume()
         if cut_off and (gives_up := spent(record.endings(self.run), Budgets(**self.facts["budgets"]))):
             decision = Decision("fail", str(record.endings(self.run)[-1].get("cause")), gives_up, spent=True)
+            self.attempt = max(self.run.next_attempt() - 1, 0)
             code = self._finish(decision)
-            self._outbox.add(decision)
         else:
             with contextlib.ExitStack() as stack:
                 self._keep_memory(stack)
@@ -89,12 +89,7 @@ class Supervisor:
                     self._outbox.add(decision)
                     self._announce_last()
                     decision = self._attempt()
-            returns = decision.action == "requeue" and not self._replaced
-            if returns:
-                self._outbox.add(decision)  # sent while the job is put back
             code = self._act(decision)
-            if not (returns or self._replaced):
-                self._outbox.add(decision)  # when the final state can be read
         self._outbox.close(continues=self._replaced or decision.action == "requeue")
         return code
 
@@ -286,6 +281,7 @@ class Supervisor:
         self._log(f"attempt {self.attempt}: {decision.why} → {decision.action}")
         if decision.action != "requeue":
             return self._finish(decision)
+        self._outbox.add(decision)  # sent while the job is put back
         if self.watch.end is not None and self.watch.end.returns:
             if self.watch.end.cause == job_end.REQUEUED or self.facts["after"] == "requeue" or not self._hand_over():
                 self._log("Slurm has put this job back into the queue itself")
@@ -301,22 +297,24 @@ class Supervisor:
         over = record.final_state(self.run)
         if decision.cause != "cancelled" or not over or over.get("why") == _CANCELLED:  # not by `fovea cancel`
             self._write(record.end, self.run, state, decision.why)
+        self._outbox.add(decision)  # when the final state can be read
         with contextlib.suppress(LaunchError):
             successor.cancel(self.run, self.job)
+            if decision.action == "fail":
+                self._send_end()
             if self.watch.end is not None and self.watch.end.returns:
                 tools.cancel(self.job)
-        if decision.action != "fail":
-            return 0
-        self._send_end()
-        return 1
+        return 0 if decision.action != "fail" else 1
 
     def _send_end(self) -> None:
-        """Inform the trackers that the run has failed: its ranks are gone."""
-        logs = self.run.logs(self.attempt)
-        with contextlib.suppress(OSError, LaunchError, DataError):
-            if (step := self.facts.get("send_end")) and send_end.is_tracked(self.run):
-                command = [filled(argument, logs) for argument in step]
-                Step(self.job, command, self.env).wait(lambda: "", send_end.LIMIT)
+        """Inform the trackers that the run has failed, whose ranks are gone; not if the job ends now."""
+        logs, step = self.run.logs(self.attempt), self.facts.get("send_end")
+        if not step or self.watch.end is not None or self.stop_reason or not send_end.is_tracked(self.run):
+            return
+        with contextlib.suppress(OSError, LaunchError):
+            command = [filled(argument, logs) for argument in step]
+            command[1:1] = self._nodes.step_options()
+            Step(self.job, command, self.env).wait(lambda: "kill" if self.watch.look() else "", send_end.LIMIT)
 
     def _guard(self, delay: float = 0.0, *, again: bool = False) -> bool:
         """See to it that a successor waits for the end of this job; whether it does."""

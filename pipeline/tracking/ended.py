@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
+import math
 import os
 import stat
+import time
 from pathlib import Path
 
 from pipeline.runtime import job_record
 from pipeline.runtime.run_directory import RunDirectory
-from pipeline.tracking.journal import Journal, read
+from pipeline.tracking.journal import read
+from pipeline.untrusted import hide_secrets
 
 _BY_SIGNAL = (129, 130, 143)  # exit codes of a launch that a user ended: SIGHUP, SIGINT, SIGTERM
+_SAVING = 900.0  # seconds after which the ranks of a job that was cancelled are gone
 
 
 def record_end(run: RunDirectory) -> str:
-    """Adds the state in which a run ended to the journal of its newest attempt, whose last state is that it runs.
+    """Adds the state in which a run ended to its newest journal, if the last state there is that it runs.
 
     On a cluster the state is the final one of the run, on one host that of its last launch. The run may be a stranger's: nothing
     is written through a link.
@@ -26,40 +30,46 @@ def record_end(run: RunDirectory) -> str:
     Returns:
         ``failed`` or ``stopped``; empty if nothing was added: the run goes on, was never tracked, or recorded its end itself.
     """
-    attempts = [row for row in run.attempts() if row["event"] in ("start", "end") and row.get("attempt") is not None]
-    if not attempts:
+    rows = [row for row in run.attempts() if row["event"] in ("start", "end") and row.get("attempt") is not None]
+    starts = [row for row in rows if row["event"] == "start"]
+    if not starts:
         return ""
-    state, why, last = "", "", attempts[-1]
-    if job_record.job(run):
-        over = job_record.final_state(run)
+    last, state, why = rows[-1], "", ""
+    over = job_record.final_state(run) if "job" in starts[-1] else {}  # started by a job of Slurm, which may start it again
+    gone = time.time() - _SAVING > over.get("t", math.inf)  # a cancelled job may have been killed before it noted its end
+    if last["event"] != "end" and not gone:
+        return ""
+    if "job" in starts[-1]:
         state, why = str(over.get("state", "")), str(over.get("why", ""))
-    elif last["event"] == "end" and last.get("code"):
-        state = "stopped" if last["code"] in _BY_SIGNAL else "failed"
+    elif last.get("code"):
+        state = "stopped" if last.get("signal") is True or last["code"] in _BY_SIGNAL else "failed"
         failure = job_record.failure(run, last["attempt"]) or {}
         why = str(failure.get("what") or f"the ranks ended with code {last['code']}")
-    path = run.journal(last["attempt"])
-    if state not in ("failed", "stopped") or run.tracking.is_symlink() or not _is_open_ended(path):
+    if state not in ("failed", "stopped") or run.tracking.is_symlink():
         return ""
-    journal = Journal(path)
-    journal.tags({"fovea.state": state, "fovea.stop": why})
-    journal.close()
-    return state
+    # An attempt that ended before it had a journal, without its data for instance, leaves the state to an earlier one.
+    journals = [path for path in sorted(run.tracking.glob("journal-*.jsonl")) if path.name <= run.journal(last["attempt"]).name]
+    if not journals:
+        return ""
+    return state if _add(journals[-1], {"fovea.state": state, "fovea.why": hide_secrets(why)}) else ""
 
 
-def _is_open_ended(path: Path) -> bool:
-    """Whether the last state of a journal is ``running``; the line at which a kill cut it off is ended."""
-    state = ""
+def _add(path: Path, tags: dict[str, str]) -> bool:
+    """Adds tags to a journal whose last state is ``running``; the line at which a kill cut it off is ended."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return False
-    with contextlib.closing(os.fdopen(descriptor, "r+b", buffering=0)) as file:
-        status = os.fstat(descriptor)
+    with os.fdopen(descriptor, "r+b", buffering=0) as file:
+        status, state = os.fstat(descriptor), ""
         if not stat.S_ISREG(status.st_mode):
             return False
-        for _, record in read(path):
+        for _, record in read(Path(f"/proc/self/fd/{descriptor}")):  # the same file, whatever the path leads to by now
             if record["kind"] == "tags":
                 state = record["values"].get("fovea.state", state)
-        if state == "running" and status.st_size and os.pread(descriptor, 1, status.st_size - 1) != b"\n":
-            file.write(b"\n")
-    return state == "running"
+        if state != "running":
+            return False
+        torn = status.st_size and os.pread(descriptor, 1, status.st_size - 1) != b"\n"
+        row = {"t": round(time.time(), 3), "kind": "tags", "values": tags}
+        file.write((b"\n" if torn else b"") + json.dumps(row).encode() + b"\n")
+    return True

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import islice
 from typing import Any
 
 import torch.distributed as dist
 
 from pipeline.data.inputs import Inputs, data_identity
-from pipeline.data.loader.bad_samples import BadSamples
+from pipeline.data.loader.bad_samples import MOST_KNOWN, BadSamples
 from pipeline.runtime.process_group import World
 
 
@@ -42,7 +43,7 @@ def _merged(states: list[dict[str, Any]]) -> dict[str, Any]:
     for state in states:
         reasons.update(state["reasons"])
         counts.update(state["counts"])
-        quarantine |= state["quarantine"]
+        quarantine |= islice(state["quarantine"].items(), MOST_KNOWN - len(quarantine))
     return {
         "seen": sum(state["seen"] for state in states),
         "reasons": dict(reasons),

@@ -47,13 +47,13 @@ def test_the_end_of_a_launch_is_added_once(run: RunDirectory, code: int, state: 
     assert record_end(run) == state
     assert list(states(run)) == (["running", state] if state else ["running"])
     if state:
-        assert [row["values"] for _, row in read(run.journal(0))][-1]["fovea.stop"] == "out of memory"
+        assert [row["values"] for _, row in read(run.journal(0))][-1]["fovea.why"] == "out of memory"
     before = run.journal(0).read_bytes()
     assert record_end(run) == "" and run.journal(0).read_bytes() == before
 
 
 def test_on_a_cluster_the_final_state_counts_and_not_the_end_of_an_attempt(run: RunDirectory) -> None:
-    run.write("submit/job.json", {"job": 5})
+    run.note("start", attempt=0, ranks=2, job=5)
     run.note("end", attempt=0, code=1)
     assert record_end(run) == "", "it is in the queue again"
     job_record.end(run, "failed", "4 attempts ended by crash")
@@ -69,6 +69,32 @@ def test_an_attempt_that_recorded_its_end_or_is_followed_by_another_is_left_alon
     journal.tags({"fovea.state": "finished"})
     run.note("end", attempt=1, code=137)  # killed as it left
     assert record_end(run) == "" and list(states(run, 1)) == ["running", "finished"]
+
+
+@pytest.mark.parametrize("cluster", [True, False])
+def test_an_attempt_without_a_journal_leaves_the_state_to_the_one_before(run: RunDirectory, cluster: bool) -> None:
+    run.note("end", attempt=0, code=1)
+    run.note("start", attempt=1, ranks=2, **({"job": 5} if cluster else {}))
+    run.note("end", attempt=1, code=1)
+    if cluster:
+        job_record.end(run, "failed", "no port")
+    Journal(run.journal(7)).close()  # of nothing that the run noted
+    assert record_end(run) == "failed" and list(states(run)) == ["running", "failed"]
+
+
+def test_a_cancelled_job_that_noted_no_end_is_over_once_its_ranks_must_be_gone(run: RunDirectory) -> None:
+    run.note("start", attempt=0, ranks=2, job=5)
+    job_record.end(run, "stopped", "the job was cancelled (scancel)")
+    assert record_end(run) == "", "the ranks may be saving"
+    run.write("final_state.json", {**job_record.final_state(run), "t": time.time() - 3600})
+    assert record_end(run) == "stopped"
+
+
+def test_a_run_of_the_cluster_that_was_continued_here_and_ended_by_its_user_is_stopped(run: RunDirectory) -> None:
+    run.write("submit/job.json", {"job": 5})
+    run.note("start", attempt=1, ranks=2)
+    run.note("end", attempt=1, code=137, signal=True)  # Ctrl-C three times
+    assert record_end(run) == "stopped"
 
 
 @pytest.mark.parametrize("link", ["journal", "folder", "pipe"])
@@ -89,7 +115,7 @@ def test_nothing_is_written_through_a_link_of_a_strangers_run(run: RunDirectory,
     assert record_end(run) == "" and file.read_bytes() == before
 
 
-@pytest.mark.parametrize("rows", ['{"event": "end"}', '{"event": "end", "code": 1, "attempt": 99}', "[]", '{"event": "start"}'])
+@pytest.mark.parametrize("rows", ['{"event": "end"}', "[]", '{"event": "start"}'])
 def test_damaged_records_add_nothing(run: RunDirectory, rows: str) -> None:
     with (run.path / "attempts.jsonl").open("a") as file:
         file.write(rows + "\n")

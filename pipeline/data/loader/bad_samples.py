@@ -131,7 +131,8 @@ class BadSamples:
 
     def merge(self, added: Mapping[int, str]) -> None:
         """Adds bad samples of all ranks, as far as there is space for them."""
-        self.of_all_ranks |= dict(islice(added.items(), max(self._known - len(self.of_all_ranks), 0)))
+        new = ((number, reason) for number, reason in added.items() if number not in self.of_all_ranks)
+        self.of_all_ranks |= dict(islice(new, max(self._known - len(self.of_all_ranks), 0)))
 
     def load(self, state: dict[str, Any]) -> None:
         """Restores counters and quarantine from a checkpoint."""

@@ -69,7 +69,7 @@ def test_what_is_remembered_is_bounded_and_what_is_counted_is_not() -> None:
     samples.saw(16, [events(4)[3], events(7)[6]])
     assert len(samples.quarantine) == 5 and samples.reasons == {"corrupt": 10}
     samples.merge(dict.fromkeys(range(3), "corrupt"))
-    samples.merge(dict.fromkeys(range(10, 20), "corrupt"))
+    samples.merge(dict.fromkeys((0, 1, *range(10, 20)), "corrupt"))
     assert list(samples.of_all_ranks) == [0, 1, 2, 10, 11]
     samples.load({"seen": 1, "reasons": {}, "quarantine": dict.fromkeys(map(str, range(50)), "corrupt")})
     assert set(samples.quarantine) == {0, 1, 2, 3, 4, 100}, "what a user excluded always is"

@@ -15,7 +15,7 @@ from launch.slurm.submit import submit
 from pipeline.config.load import load
 from pipeline.runtime import job_record as record
 from pipeline.runtime.run_directory import RunDirectory
-from pipeline.tracking import Journal, Shipper
+from pipeline.tracking import Journal, Shipper, remember
 from tests.helpers.cluster_runs import Start, causes, queue, reach, starter, until, verdict
 from tests.helpers.slurm import NEEDS_SLURM, Cluster, cluster
 
@@ -99,13 +99,14 @@ def test_a_run_that_fails_is_failed_in_mlflow(start: Start, tmp_path: Path) -> N
     journal.close()
     shipper = Shipper(run.tracking, uri=uri, experiment="fovea", name="toy")
     shipper.ship()
-    start({"0": [3, "refuse"]}, "tracking.enabled=true", f"tracking.uri={uri}")
+    remember(uri)
+    start({"0": [3, "refuse"]}, "tracking.enabled=true", f"tracking.uri={uri}", export_env=("XDG_STATE_HOME",))
     assert verdict(run)["state"] == "failed"
     client, number = shipper.connected()
 
     def state() -> tuple[str, str]:
         one = client.get_run(number)
-        return one.info.status, one.data.tags["fovea.stop"] if one.info.status == "FAILED" else ""
+        return one.info.status, one.data.tags["fovea.why"] if one.info.status == "FAILED" else ""
 
     until(lambda: state() == ("FAILED", "no such shard"), "MLflow does not know it")
 
