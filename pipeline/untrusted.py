@@ -136,10 +136,10 @@ def read_json(path: Path, *, limit: int = MAX_JSON, error: type[FoveaError] = Da
 
 
 def plain_value(value: object) -> str | None:
-    """Returns a value of a table or of JSON as text: a string without surrounding space in NFC, a number, or ``true`` or ``false``.
+    """Returns a value of a table or of JSON as text: a string without surrounding space in NFC, a number, ``true`` or ``false``.
 
-    ``3``, ``3.0`` and ``"3"`` are the same. ``None`` for what is no single value: null, NaN, infinity, empty or blank text, text of
-    more than 200 characters or with control characters, lists and objects.
+    ``3``, ``3.0`` and ``"3"`` are the same. ``None`` for what is no single value: null, NaN, infinity, empty or blank text, text
+    of more than 200 characters or with control characters, lists and objects.
     """
     if isinstance(value, bool):
         return str(value).lower()

@@ -52,11 +52,17 @@ def enter(app: typer.Typer, command: Sequence[str]) -> None:
         ] = Trained.ALL,
         discourage: Annotated[
             list[str] | None,
-            typer.Option(metavar="COLUMN", help="Column of the samples' JSON that features should not carry; may be repeated."),
+            typer.Option(
+                metavar="COLUMN",
+                help="JSON column that features are to lose, such as a scanner; may be repeated.",
+            ),
         ] = None,
         encourage: Annotated[
             list[str] | None,
-            typer.Option(metavar="COLUMN", help="Column of the samples' JSON that features should carry; may be repeated."),
+            typer.Option(
+                metavar="COLUMN",
+                help="JSON column that features are to carry, such as an organ; may be repeated.",
+            ),
         ] = None,
         interpolate: Annotated[
             float | None,
@@ -84,7 +90,9 @@ def enter(app: typer.Typer, command: Sequence[str]) -> None:
 
         fovea adapt '/data/cells/*.tar' --from runs/scenes_vit_tiny --discourage scanner --encourage stain
         """
-        columns = tuple((name, "discourage") for name in discourage or ()) + tuple((name, "encourage") for name in encourage or ())
+        columns = tuple((name, "discourage") for name in discourage or ()) + tuple(
+            (name, "encourage") for name in encourage or ()
+        )
         options = AdaptOptions(train.value, interpolate, only_config, columns)
         raise typer.Exit(run(shards_, weights, to, overrides or (), options, command=command))
 

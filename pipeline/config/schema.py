@@ -73,9 +73,7 @@ class Config(Settings):
     adapt: AdaptSettings = Field(
         default=AdaptSettings(), description="how a tower with pretrained weights is trained on (`fovea adapt`)"
     )
-    guidance: GuidanceSettings = Field(
-        default=GuidanceSettings(), description="columns of the samples' JSON that features should not, or should, carry"
-    )
+    guidance: GuidanceSettings = Field(default=GuidanceSettings(), description="guidance by columns of the samples' JSON")
     data: DataSettings = Field(description="training data")
     optim: OptimSettings = Field(default=OptimSettings(), description="the optimizer")
     schedule: ScheduleSettings = Field(

@@ -382,4 +382,7 @@ def _check_guidance(config: Config) -> Iterator[tuple[str, str]]:
         able = ", ".join(name for name, settings in METHODS.items() if settings.guidable)
         yield "guidance.columns", f"guidance.columns: does not apply to {config.method.name}; leave it empty, or choose {able}"
     if "resnet" in (config.model.timm_name or ""):
-        yield "guidance.columns", "guidance.columns: is for vision transformers; leave it empty, or choose one of timm's vit_* models"
+        yield (
+            "guidance.columns",
+            "guidance.columns: is for vision transformers; leave it empty, or choose a vit_* model",
+        )

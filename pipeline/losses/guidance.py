@@ -1,14 +1,15 @@
 """Dependence of features on a column of metadata, from running sums, so that it needs no batch of all values.
 
-The measure is the correlation ratio of features :math:`f` on the unit sphere: variance between the values' means over total variance,
+The measure is the correlation ratio of features :math:`f` on the unit sphere: variance between the values' means over total
+variance,
 
 .. math:: \\eta^2 = \\frac{\\sum_g p_g \\|m_g - m\\|^2}{1 - \\|m\\|^2}
 
-from 0 (equal means) to 1, with a value's share :math:`p_g`, its mean :math:`m_g` and the overall mean :math:`m`. It is the squared norm
-of the cross-covariance between features and the column's one-hot coding, weighted by shares and normalized: HSIC with a linear kernel
-(Gretton et al., ALT 2005; as a loss: Greenfeld and Shalit, arXiv 1910.00270). Means over a batch are too noisy for a gradient where it
-holds few samples of a value (the reason of Vento et al., arXiv 2207.07271, for statistics that outlive the batch), so means and shares
-are those of running sums.
+from 0 (equal means) to 1, with a value's share :math:`p_g`, its mean :math:`m_g` and the overall mean :math:`m`. It is the
+squared norm of the cross-covariance between features and the column's one-hot coding, weighted by shares and normalized: HSIC
+with a linear kernel (Gretton et al., ALT 2005; as a loss: Greenfeld and Shalit, arXiv 1910.00270). Means over a batch are too
+noisy for a gradient where it holds few samples of a value (the reason of Vento et al., arXiv 2207.07271, for statistics that
+outlive the batch), so means and shares are those of running sums.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def correlation_ratio(sums: Tensor) -> Tensor:
 def dependence(features: Tensor, numbers: Tensor, sums: Tensor) -> Tensor:
     """:math:`\\eta^2`, to first order about some sums, of the samples of a batch; scalar.
 
-    Value and gradient are a sum over samples: they are the same however a batch is divided. Where the sums are those of the batch,
-    the value is :math:`\\eta^2` and the gradient is its gradient.
+    Value and gradient are a mean over samples: they are the same however a batch is divided. Where the sums are those of the
+    batch, the value is :math:`\\eta^2` and the gradient is its gradient.
 
     Args:
         features: ``[n, width]`` of norm 1.
@@ -56,10 +57,10 @@ def dependence(features: Tensor, numbers: Tensor, sums: Tensor) -> Tensor:
     shares, away, mean = _moments(sums)
     total = (1 - mean.square().sum()).clamp(min=_LEAST)
     ratio = (shares * away.square().sum(1)).sum() / total
-    slope = 2 * (away + ratio * mean) / total  # [values, width]: gradient with respect to each mean, over its share
+    gradient = 2 * (away + ratio * mean) / total  # [values, width]: gradient with respect to each mean, over its share
     known = (numbers >= 0) & (shares > 0)[numbers.clamp(min=0)]
     own = numbers.clamp(min=0)
-    terms = ratio + (slope[own] * (features - (away + mean)[own])).sum(1)
+    terms = ratio + (gradient[own] * (features - (away + mean)[own])).sum(1)
     return torch.where(known, terms, terms.new_zeros(())).sum() / max(len(features), 1)
 
 
@@ -78,8 +79,8 @@ def value_cross_entropy(logits: Tensor, numbers: Tensor) -> Tensor:
 
 
 def _moments(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Shares ``[values]``, distances of the means from the overall mean ``[values, width]`` (0 for a value that does not occur) and
-    that mean ``[width]``.
+    """Shares ``[values]``, distances of the means from the overall mean ``[values, width]`` (0 for a value that does not occur)
+    and that mean ``[width]``.
     """
     counts = sums[:, 0].clamp(min=0)
     everything = counts.sum().clamp(min=1e-9)

@@ -61,7 +61,7 @@ class Columns:
             f"no column {printable(repr(name), limit=80)} in the JSON of {self.samples} samples"
             f" (of {self.of}); there are {shortened(self.values) or 'none'}",
             where=where,
-            hint=f"Choose one of {shortened(few)}" if few else "Add a JSON member KEY.json with a few different values to each sample",
+            hint=f"Choose one of {shortened(few)}" if few else "Add to each sample a member KEY.json with such a column",
         )
 
 

@@ -19,7 +19,7 @@ _LARGEST = 1 << 20  # bytes of a JSON member, beyond which it is not read
 
 
 def parse_columns(data: bytes | None) -> dict[str, Any]:
-    """Returns the object in a JSON member; an empty one for no member, and for what is not JSON, nested too deeply or no object."""
+    """Returns the object in a JSON member; an empty one without a member, and for what is not JSON, too deep or no object."""
     if data is None:
         return {}
     try:

@@ -1,18 +1,18 @@
 """Guidance by metadata: loss terms that discourage, or encourage, that class tokens carry a column of the samples' JSON.
 
-After the idea of FINO (arXiv 2606.05107), which adapts DINO with metadata that images already have, in a formulation of our own. Let
-:math:`f` be the student's class token of a global crop, divided by its norm, ``[width]``.
+After the idea of FINO (arXiv 2606.05107), which adapts DINO with metadata that images already have, in a formulation of our own.
+Let :math:`f` be the student's class token of a global crop, divided by its norm, ``[width]``.
 
 - *Discouraged* columns add ``weight`` times :math:`\\eta^2`, the variance of :math:`f` between the values' means over its total
-  variance, from 0 to 1 (:func:`pipeline.losses.dependence`). FINO and DANN (Ganin and Lempitsky, arXiv 1505.07818) train an adversary
-  and reverse its gradient. :math:`\\eta^2` needs none: it has a minimum that is known, 0 where all values have the same mean, so that
-  there is no game whose balance depends on learning rates. It does not see what does not move a mean, nor whether the column follows a
-  label: what classes and sites share is discouraged in both.
+  variance, from 0 to 1 (:func:`pipeline.losses.dependence`). FINO and DANN (Ganin and Lempitsky, arXiv 1505.07818) train an
+  adversary and reverse its gradient. :math:`\\eta^2` needs none: its minimum is known, 0 where all values have the same mean, and
+  there is no game whose balance depends on learning rates. It does not see what does not move a mean, nor whether the column
+  follows a label: what classes and sites share is discouraged in both.
 - *Encouraged* columns add ``weight`` times the cross entropy of a linear probe on ``sqrt(width)`` times :math:`f`, in units of a
   guess (:func:`pipeline.losses.value_cross_entropy`). The probe is trained along and begins at zero.
 
-A term is a mean over all samples of the global batch, to which a sample without the value adds 0. Given the running sums, which change
-only with the optimizer, it is a sum over samples: exact over ranks and micro-batches, up to rounding.
+A term is a mean over all samples of the global batch, to which a sample without the value adds 0. Given the running sums, which
+change only with the optimizer, it is a mean over samples: exact over ranks and micro-batches, up to rounding.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Guidance(nn.Module):
                 terms[f"{column.direction}_{column.label}"] = column.weight * self._term(column, features, numbers, state)
                 metrics[f"{column.label}_missing"] = (batch < 0).float().mean()
                 if column in self._summed:
-                    self._remember(column, features.detach(), numbers)
+                    self._accumulate(column, features.detach(), numbers)
                     metrics[f"{column.label}_variance_share"] = losses.correlation_ratio(state[_state_name(column)])
         return terms, metrics
 
@@ -103,13 +103,13 @@ class Guidance(nn.Module):
         return losses.value_cross_entropy(self.probes[column.label](seen), numbers)
 
     @torch.no_grad()
-    def _remember(self, column: ColumnSettings, features: Tensor, numbers: Tensor) -> None:
+    def _accumulate(self, column: ColumnSettings, features: Tensor, numbers: Tensor) -> None:
         sums, name = losses.value_sums(features, numbers, len(column.values)), _state_name(column)
         self._pending[name] = self._pending[name] + sums if name in self._pending else sums
 
     @torch.no_grad()
     def moved(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Running sums after a step: ``momentum`` times those before it, plus the sums of all ranks' samples of the step. Collective.
+        """Running sums after a step: ``momentum`` times those before it, plus the sums of all ranks' samples. Collective.
 
         Args:
             state: the method's extra state.
@@ -123,7 +123,8 @@ class Guidance(nn.Module):
             dist.all_reduce(everything)
         parts = everything.split([state[name].numel() for name in names])
         return {
-            name: self.settings.momentum * state[name] + part.view_as(state[name]) for name, part in zip(names, parts, strict=True)
+            name: self.settings.momentum * state[name] + part.view_as(state[name])
+            for name, part in zip(names, parts, strict=True)
         }
 
     def forget(self) -> None:

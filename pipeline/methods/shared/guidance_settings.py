@@ -3,23 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from pipeline.config.types import Positive, Settings
-from pipeline.untrusted import plain_value
-
-
-def _values(values: Any) -> Any:
-    if not isinstance(values, list | tuple):
-        return values
-    texts = [plain_value(value) for value in values]
-    if None in texts:
-        raise ValueError(f"holds {values[texts.index(None)]!r}; give strings, whole numbers, true or false")
-    if len(set(texts)) < len(texts):
-        raise ValueError("names a value twice (3 and '3' are the same)")
-    return tuple(texts)
+from pipeline.config.types import Positive, Settings, Values
 
 
 class ColumnSettings(Settings):
@@ -27,13 +15,13 @@ class ColumnSettings(Settings):
 
     name: str = Field(min_length=1, max_length=64, description="key in the JSON object of a sample")
     direction: Literal["discourage", "encourage"] = Field(
-        description="whether features should not carry the column (a site, a scanner, a season), or should (an organ, a stain)"
+        description="discourage: features are to lose the column (a site, a scanner); encourage: they are to carry it (an organ)"
     )
-    values: Annotated[tuple[str, ...], BeforeValidator(_values)] = Field(
+    values: Values = Field(
         min_length=2,
         max_length=256,
-        description="its values, strings or whole numbers; a sample with another one takes no part. `fovea adapt` lists those that "
-        "the shards have",
+        description="its values, strings or whole numbers; a sample with another one takes no part. `fovea adapt` lists those "
+        "that the shards have",
     )
     weight: Positive = Field(default=1.0, description="weight of the term")
 

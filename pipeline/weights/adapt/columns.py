@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.data.indexing import HasData, open_storage
 from pipeline.data.index.manifest import Manifest
+from pipeline.data.indexing import HasData, open_storage
 from pipeline.data.inspect.columns import MOST_VALUES, columns_of
 from pipeline.errors import ConfigError
 from pipeline.masking import printable
@@ -28,7 +28,7 @@ class Guides:
     reason: str
 
 
-def guides_of(columns: Sequence[tuple[str, str]], manifest: Manifest, config: HasData, *, given: bool) -> Guides | None:
+def guides_of(columns: Sequence[tuple[str, str]], manifest: Manifest, config: HasData, *, already_set: bool) -> Guides | None:
     """Lists the values of columns; ``None`` without columns.
 
     Every value that is seen is listed, in alphabetical order, so that the list depends on the samples alone.
@@ -37,7 +37,7 @@ def guides_of(columns: Sequence[tuple[str, str]], manifest: Manifest, config: Ha
         columns: names, each with ``discourage`` or ``encourage``.
         manifest: index of the training set.
         config: settings of its storage.
-        given: whether the command line also sets ``guidance``.
+        already_set: whether the command line also sets ``guidance``.
 
     Raises:
         DataError: a column is absent.
@@ -45,7 +45,7 @@ def guides_of(columns: Sequence[tuple[str, str]], manifest: Manifest, config: Ha
     """
     if not columns:
         return None
-    if given:
+    if already_set:
         raise ConfigError(
             "guidance is set, and columns are named by --discourage or --encourage",
             where="guidance",

@@ -85,10 +85,12 @@ def prepare(
     _check(overriding, shards)
     described = describe(weights, unwrap(overriding).get("model", {}))
     images, manifest = _images(shards, unwrap(overriding), progress)
-    guides = guides_of(columns, manifest, _probe(shards, unwrap(overriding)), given="guidance" in unwrap(overriding))
+    guides = guides_of(columns, manifest, _probe(shards, unwrap(overriding)), already_set="guidance" in unwrap(overriding))
     source = absolute(weights, "name")
     name = directory.resolve().name.lstrip("._-+") or "adapted"
-    plan = make_plan(described, images, name=name, directory=os.path.abspath(directory), source=source, train=train, guides=guides)
+    plan = make_plan(
+        described, images, name=name, directory=os.path.abspath(directory), source=source, train=train, guides=guides
+    )
     tree = grown(plan.settings, "chosen")
     merge(tree, overriding)
     settings = unwrap(tree)
