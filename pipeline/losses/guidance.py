@@ -14,6 +14,8 @@ outlive the batch), so means and shares are those of running sums.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,8 +76,7 @@ def value_cross_entropy(logits: Tensor, numbers: Tensor) -> Tensor:
         numbers: int64 ``[n]``, the value of each sample; a negative one takes no part.
     """
     terms = F.cross_entropy(logits.float(), numbers.clamp(min=0), reduction="none")
-    worst = torch.log(torch.tensor(float(logits.shape[1]), device=logits.device))
-    return torch.where(numbers >= 0, terms, terms.new_zeros(())).sum() / (max(len(logits), 1) * worst)
+    return torch.where(numbers >= 0, terms, terms.new_zeros(())).sum() / (max(len(logits), 1) * math.log(logits.shape[1]))
 
 
 def _moments(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ from pipeline.errors import ConfigError
 from pipeline.masking import printable
 
 _INSPECTED = 20_000  # samples whose values are counted
+_EACH = 4  # samples of a value, on average: fewer have no mean of their own
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def guides_of(columns: Sequence[tuple[str, str]], manifest: Manifest, config: Ha
 
     Raises:
         DataError: a column is absent.
-        ConfigError: it is named twice, has one value, or has too many.
+        ConfigError: it is named twice, has one value, or has too many for its samples.
     """
     if not columns:
         return None
@@ -61,12 +62,13 @@ def guides_of(columns: Sequence[tuple[str, str]], manifest: Manifest, config: Ha
             raise ConfigError(f"{shown} is named {names.count(name)} times", where=where, hint="Name each column once")
         seen.require(name, where=where)
         values = seen.values[name]
-        if not 2 <= len(values) <= MOST_VALUES:
-            many = f"more than {MOST_VALUES} values" if len(values) > 1 else "a single value"
+        most = min(MOST_VALUES, sum(values.values()) // _EACH)
+        if not 2 <= len(values) <= most:
+            many = f"{'more than ' * (len(values) > MOST_VALUES)}{min(len(values), MOST_VALUES)} values"
             raise ConfigError(
-                f"{shown} has {many} in {seen.samples} samples",
+                f"{shown} has {many if len(values) > 1 else 'a single value'} in {sum(values.values())} samples",
                 where=where,
-                hint=f"Choose a column of 2 to {MOST_VALUES} different values",
+                hint=f"Choose a column of 2 to {MOST_VALUES} values, each of which {_EACH} or more samples have on average",
             )
         chosen.append({"name": name, "direction": direction, "values": sorted(values), "weight": 1.0})
         parts.append(f"{printable(name, limit=40)} {sum(values.values())}")
