@@ -107,7 +107,7 @@ def _probed(features: Tensor, labels: Tensor) -> float:
         value.backward()
         return value
 
-    optimizer.step(loss)  # type: ignore[arg-type]
+    optimizer.step(loss)
     with torch.no_grad():
         return float(((features[half:] @ weight + bias).argmax(1) == labels[half:]).float().mean())
 

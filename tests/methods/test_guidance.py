@@ -253,16 +253,3 @@ def test_discouraged_the_site_is_harder_to_read_from_class_tokens_and_the_class_
     assert probes[1] < probes[0] - 0.04, probes
     assert _knn(with_, sites) < _knn(without, sites)
     assert _knn(with_, classes) > _knn(without, classes) - 0.05
-
-
-@pytest.mark.slow
-def test_means_discourage_at_rates_at_which_reversal_does_not() -> None:
-    from pipeline.bench.guidance import GuidanceResult, one
-
-    def site(by: str, weight: float, rate: float) -> GuidanceResult:
-        return one(by, weight, rate, seed=0, steps=300)
-
-    for rate in (1e-3, 1e-2):
-        off, on = site("means", 0.0, rate), site("means", 3.0, rate)
-        assert on.site < off.site - 0.2 and on.label > off.label - 0.05, (off, on)
-    assert site("reversal", 1.0, 1e-2).site > site("means", 1.0, 1e-2).site + 0.1
