@@ -6,8 +6,8 @@ Let :math:`f` be the student's class token of a global crop, divided by its norm
 - *Discouraged* columns add ``weight`` times :math:`\\eta^2`, the variance of :math:`f` between the values' means over its total
   variance, from 0 to 1 (:func:`pipeline.losses.dependence`). FINO and DANN (Ganin and Lempitsky, arXiv 1505.07818) train an
   adversary and reverse its gradient. :math:`\\eta^2` needs none: its minimum is known, 0 where all values have the same mean, and
-  there is no game whose balance depends on learning rates (compared by :mod:`pipeline.bench.guidance`). It does not see what does not move a mean, nor whether the column
-  follows a label: what classes and sites share is discouraged in both.
+  there is no game whose balance depends on learning rates (compared by :mod:`pipeline.bench.guidance`). It does not see what
+  does not move a mean, nor whether the column follows a label: what classes and sites share is discouraged in both.
 - *Encouraged* columns add ``weight`` times the cross entropy of a linear probe on ``sqrt(width)`` times :math:`f`, in units of a
   guess (:func:`pipeline.losses.value_cross_entropy`). The probe is trained along and begins at zero.
 
