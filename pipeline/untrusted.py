@@ -6,8 +6,10 @@ There is one function for each kind; all readers of foreign input call these ins
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ __all__ = [
     "open_regular",
     "parse_json",
     "plain_name",
+    "plain_value",
     "printable",
     "read_bytes",
     "read_json",
@@ -33,6 +36,8 @@ __all__ = [
 MAX_NAME = 255  # bytes, the limit of common file systems
 MAX_JSON = 64 << 20  # bytes of a JSON document
 _MAX_DEPTH = 64  # levels of a JSON document; code that walks one may recurse
+_MAX_VALUE = 200  # characters of a value
+_EXACT = 1 << 53  # integers below which a float of JSON is exact
 
 
 def plain_name(name: object, *, where: str, error: type[FoveaError] = DataError) -> str:
@@ -128,6 +133,25 @@ def read_json(path: Path, *, limit: int = MAX_JSON, error: type[FoveaError] = Da
     except ValueError as cause:
         reason = printable(str(cause), limit=120)
         raise error(f"{printable(str(path))} must be JSON ({reason})", hint="Restore the file: it is damaged") from None
+
+
+def plain_value(value: object) -> str | None:
+    """Returns a value of a table or of JSON as text: a string without surrounding space in NFC, a number, ``true`` or ``false``.
+
+    ``3``, ``3.0`` and ``"3"`` are the same. ``None`` for what is no single value: null, NaN, infinity, empty or blank text, text
+    of more than 200 characters or with control characters, lists and objects.
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        value = int(value) if value.is_integer() and abs(value) < _EXACT else repr(value)
+    if isinstance(value, int):
+        return str(value) if abs(value) < _EXACT else None
+    if not isinstance(value, str) or len(value) > _MAX_VALUE or UNPRINTABLE.search(value.strip()):
+        return None
+    return unicodedata.normalize("NFC", value.strip()) or None
 
 
 def parse_json(content: bytes | str) -> Any:

@@ -50,6 +50,20 @@ def enter(app: typer.Typer, command: Sequence[str]) -> None:
         train: Annotated[
             Trained, typer.Option(help="Part of the tower that is trained: all of it, its last blocks, or low-rank adapters.")
         ] = Trained.ALL,
+        discourage: Annotated[
+            list[str] | None,
+            typer.Option(
+                metavar="COLUMN",
+                help="JSON column that features are to lose, such as a scanner; may be repeated.",
+            ),
+        ] = None,
+        encourage: Annotated[
+            list[str] | None,
+            typer.Option(
+                metavar="COLUMN",
+                help="JSON column that features are to carry, such as an organ; may be repeated.",
+            ),
+        ] = None,
         interpolate: Annotated[
             float | None,
             typer.Option(
@@ -73,8 +87,13 @@ def enter(app: typer.Typer, command: Sequence[str]) -> None:
         fovea adapt '/data/cells/*.tar' --from timm:vit_small_patch14_dinov2.lvd142m --config-only
 
         fovea adapt '/data/cells/*.tar' --from runs/scenes_vit_tiny
+
+        fovea adapt '/data/cells/*.tar' --from runs/scenes_vit_tiny --discourage scanner --encourage stain
         """
-        options = AdaptOptions(train.value, interpolate, only_config)
+        columns = tuple((name, "discourage") for name in discourage or ()) + tuple(
+            (name, "encourage") for name in encourage or ()
+        )
+        options = AdaptOptions(train.value, interpolate, only_config, columns)
         raise typer.Exit(run(shards_, weights, to, overrides or (), options, command=command))
 
 
@@ -86,11 +105,13 @@ class AdaptOptions:
         train: part of the tower that is trained, as in ``adapt.train``.
         interpolate: share of the way from the start to the result of the weights that are exported in the end.
         only_config: write the config and do not train.
+        columns: columns of metadata, each with ``discourage`` or ``encourage``.
     """
 
     train: str = "all"
     interpolate: float | None = None
     only_config: bool = False
+    columns: tuple[tuple[str, str], ...] = ()
 
 
 def run(
@@ -119,7 +140,16 @@ def run(
     from pipeline.weights.adapt.prepare import loaded, prepare
 
     folder = directory if directory is not None else Path("runs") / f"adapt-{_name_of(weights)}"
-    prepared = prepare([patterns], weights, folder, overrides, train=options.train, command=command, progress=_indexing)
+    prepared = prepare(
+        [patterns],
+        weights,
+        folder,
+        overrides,
+        train=options.train,
+        columns=options.columns,
+        command=command,
+        progress=_indexing,
+    )
     for note in prepared.notes:
         print(shown(f"{weights}: {note}"), flush=True)
     new = _write(prepared)

@@ -164,6 +164,22 @@ def adaptation(
 
 
 @app.command()
+def guidance(
+    seeds: Annotated[int, typer.Option(min=1, help="Runs per term, weight and learning rate, with seeds from 0.")] = 5,
+    out: Out = None,
+) -> None:
+    """Compare the terms that discourage a column of metadata: variance between means, and a probe with a reversed gradient.
+
+    [b]Examples[/b]
+
+    fovea bench guidance --seeds 3
+    """
+    from pipeline.bench.guidance import line, markdown, measure
+
+    _collect("guidance", out, measure(seeds=range(seeds)), line, markdown, "runs")
+
+
+@app.command()
 def curation(
     stages: Annotated[
         list[str] | None,

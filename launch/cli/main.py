@@ -16,6 +16,7 @@ from launch.cli import slurm as cluster
 from launch.cli.bench_methods import app as bench
 from launch.cli.checkpoint import app as checkpoint
 from launch.cli.choices import Device, ExportFormat, Method, Network, local_only, output_stem, size_option
+from launch.cli.config import app as config
 from launch.cli.mlflow import app as mlflow
 from launch.cli.sweep import app as sweep
 from launch.streams import open_streams
@@ -38,7 +39,6 @@ app = typer.Typer(
     "[b]Change any setting:[/b]   fovea train my.yaml schedule.lr.peak=1e-3 train.global_batch_size=512\n\n"
     "[b]Which settings are there?[/b]  fovea config show dinov2/cifar10_vit_tiny",
 )
-config = typer.Typer(no_args_is_help=True, help="Show and check configurations.")
 _DATA, _BENCH = "Data, settings and checkpoints", "Benchmarks"
 
 ConfigArgument = shards.ConfigArgument
@@ -395,46 +395,6 @@ def estimate(
     snapshots(loaded.config, site, sizes, ranks=ranks)
     data(loaded.config, ranks=ranks, nodes=nodes_of(site, ranks), shards=index_shards, samples=dataset_size)
     raise typer.Exit(code)
-
-
-@config.command("show")
-def config_show(
-    config: Annotated[
-        str | None, typer.Argument(metavar="[CONFIG]", help="A config file or name; without it, all names are listed.")
-    ] = None,
-    overrides: Overrides = None,
-) -> None:
-    """Print the effective configuration and the origin of each value. The output is itself a valid config.
-
-    [b]Examples[/b]
-
-    fovea config show
-
-    fovea config show dinov2/cifar10_vit_tiny schedule.lr.peak=1e-3 > mine.yaml
-    """
-    from pipeline.config.load import available, headline, show
-
-    if config is None:
-        names = available()
-        width = max(map(len, names), default=0)
-        for name, file in names.items():
-            print(f"{name:<{width}}  {headline(file)}")
-        return
-    print(show(_load(config, overrides)), end="")
-
-
-@config.command("check")
-def config_check(config: ConfigArgument, overrides: Overrides = None) -> None:
-    """Check a configuration without starting a run. All problems are reported at once; the exit code is then 2.
-
-    [b]Example[/b]
-
-    fovea config check my.yaml train.global_batch_size=512
-    """
-    from pipeline.config.load import fingerprint
-
-    loaded = _load(config, overrides)
-    print(f"{loaded.source} is in order; fingerprint {fingerprint(loaded.config)[:12]}")
 
 
 def _load(name: str, overrides: Sequence[str] | None) -> Loaded:

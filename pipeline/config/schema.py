@@ -24,6 +24,7 @@ from pipeline.data.settings import DataSettings
 from pipeline.evaluation.settings import EvaluationSettings
 from pipeline.methods.dinov2.settings import Dinov2Settings
 from pipeline.methods.settings import REGISTERED, MethodSettings
+from pipeline.methods.shared.guidance_settings import GuidanceSettings
 from pipeline.models.settings import ModelSettings
 from pipeline.runtime.notify_settings import NotifySettings
 from pipeline.runtime.settings import LaunchSettings, RunSettings, WatchdogSettings
@@ -72,6 +73,7 @@ class Config(Settings):
     adapt: AdaptSettings = Field(
         default=AdaptSettings(), description="how a tower with pretrained weights is trained on (`fovea adapt`)"
     )
+    guidance: GuidanceSettings = Field(default=GuidanceSettings(), description="guidance by columns of the samples' JSON")
     data: DataSettings = Field(description="training data")
     optim: OptimSettings = Field(default=OptimSettings(), description="the optimizer")
     schedule: ScheduleSettings = Field(

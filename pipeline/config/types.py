@@ -15,7 +15,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from pipeline.config.paths import Kind, absolute, patterns
 from pipeline.config.sizes import Size
-from pipeline.untrusted import printable
+from pipeline.untrusted import plain_value, printable
 
 # A field marked so changes neither the samples nor the computation of a run: a resume may change it.
 RUNTIME: dict[str, Any] = {"runtime": True}
@@ -109,6 +109,17 @@ def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
+def _values(values: Any) -> Any:
+    if not isinstance(values, list | tuple):
+        return values
+    texts = [plain_value(value) for value in values]
+    if None in texts:
+        raise ValueError(f"holds {values[texts.index(None)]!r}; give strings, whole numbers, true or false")
+    if len(set(texts)) < len(texts):
+        raise ValueError("names a value twice (3 and '3' are the same)")
+    return tuple(texts)
+
+
 def _texts(value: object) -> object:
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
@@ -154,6 +165,7 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 ShareRange = Annotated[tuple[Share, Share], AfterValidator(_ordered)]
+Values = Annotated[tuple[str, ...], BeforeValidator(_values)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_texts)]
 # Settings that name files have these types; tests/config/test_paths.py rejects any other string setting that does.
 FilePath = Annotated[Path, AfterValidator(_plain), PathLike("path")]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import TypeVar
 
-from pipeline.config.schema import Config
+from pipeline.config.schema import METHODS, Config
 from pipeline.config.sizes import Size, grid_of, is_divisible, nearest_sizes
 from pipeline.data.augment.settings import MultiCropSettings
 from pipeline.masking import NO_PASSWORD, UNPRINTABLE, has_password, printable, shown_address
@@ -27,6 +27,7 @@ def check(config: Config) -> list[tuple[str, str]]:
         *_check_model(config),
         *_check_method(config),
         *_check_adapt(config),
+        *_check_guidance(config),
         *_check_channels(config),
     ]
     if config.launch.num_processes is not None:
@@ -371,3 +372,17 @@ def _check_adapt(config: Config) -> Iterator[tuple[str, str]]:
         yield "train.fp8", f"{key}: adapters are not computed in 8 bits; set train.fp8=off"
     if isinstance(config.method, Dinov2Settings) and config.method.gram_update_every is not None:
         yield "method.gram_update_every", f"{key}: the Gram anchor stays at the start; leave method.gram_update_every null"
+
+
+def _check_guidance(config: Config) -> Iterator[tuple[str, str]]:
+    """Checks whether the method's student can be guided by metadata."""
+    if not config.guidance.columns:
+        return
+    if not config.method.guidable:
+        able = ", ".join(name for name, settings in METHODS.items() if settings.guidable)
+        yield "guidance.columns", f"guidance.columns: does not apply to {config.method.name}; leave it empty, or choose {able}"
+    if "resnet" in (config.model.timm_name or ""):
+        yield (
+            "guidance.columns",
+            "guidance.columns: is for vision transformers; leave it empty, or choose a vit_* model",
+        )

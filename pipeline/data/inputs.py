@@ -10,7 +10,8 @@ from pipeline.config.schema import Config
 from pipeline.data.augment.plan import PLAN_VERSION
 from pipeline.data.formats.channels import channels_identity
 from pipeline.data.index.manifest import Manifest
-from pipeline.data.indexing import Indexer, Progress, indexed
+from pipeline.data.indexing import Indexer, Progress, indexed, open_storage
+from pipeline.data.inspect.columns import columns_of, shortened
 from pipeline.data.order.default_streams import default_streams, extents_of
 from pipeline.data.order.order import Order, Source
 from pipeline.data.overlap import check_held_out
@@ -20,6 +21,7 @@ from pipeline.runtime.run_directory import RunDirectory
 from pipeline.untrusted import read_json
 
 DATA_STATE_VERSION = 1
+_INSPECTED = 512  # samples whose metadata is looked at before a run
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ def prepare(config: Config, world: int, progress: Progress | None = None, *, reu
             hint=f"Choose a divisor of {batch // world}",
         )
     check_warmups(config, order.samples_per_epoch)
+    if not reuse:
+        check_columns(config, train)
     inputs = Inputs(train, None, None, order, sources)
     return replace(inputs, **_evaluation_data(config, indexer, train, trained=False)) if config.evaluation.enabled else inputs
 
@@ -171,6 +175,29 @@ def _trained_on(config: Config, bank: Manifest) -> Manifest | None:
         if "no shard matches" not in str(error):
             raise
         return None
+
+
+def check_columns(config: Config, train: Manifest | None = None) -> None:
+    """Checks on some samples that the columns that guide training are in their JSON, with values that are declared.
+
+    Args:
+        config: the settings.
+        train: index of the training set; by default it is indexed.
+
+    Raises:
+        DataError: a column is absent, or none of its values is declared.
+    """
+    if not config.guidance.columns:
+        return
+    seen = columns_of(train or _training_set(config, Indexer(config))[0], open_storage(config, at_start=True), most=_INSPECTED)
+    for column in config.guidance.columns:
+        seen.require(column.name)
+        if not (values := seen.values[column.name]).keys() & set(column.values):
+            raise DataError(
+                f"none of the values of {column.name!r} in {seen.samples} samples is declared",
+                where="guidance.columns",
+                hint=f"Declare its values, such as {shortened(values)}",
+            )
 
 
 def check_warmups(config: Config, epoch_samples: int) -> None:

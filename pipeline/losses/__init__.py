@@ -4,6 +4,7 @@ from pipeline.losses.centering import batch_center, centered_targets, global_mea
 from pipeline.losses.contrastive import clip_loss, gathered, rank_offset, siglip_loss
 from pipeline.losses.distill import cross_entropy, masked_patches, multi_crop
 from pipeline.losses.gram import gram, resampled_patches
+from pipeline.losses.guidance import correlation_ratio, dependence, value_cross_entropy, value_sums
 from pipeline.losses.health import effective_rank, spread
 from pipeline.losses.koleo import koleo, koleo_across_ranks
 from pipeline.losses.pairs import (
@@ -43,8 +44,10 @@ __all__ = [
     "batch_center",
     "centered_targets",
     "clip_loss",
+    "correlation_ratio",
     "cosine_regression",
     "cross_entropy",
+    "dependence",
     "effective_rank",
     "feature_distance",
     "gathered",
@@ -77,4 +80,6 @@ __all__ = [
     "sinkhorn_potential",
     "spread",
     "token_cross_entropy",
+    "value_cross_entropy",
+    "value_sums",
 ]

@@ -19,6 +19,7 @@ from pipeline.data.augment.views import Batch, TextSpec, ViewSet, ViewSpec
 from pipeline.data.channel_settings import ChannelSettings
 from pipeline.methods.ema_teacher import Teacher
 from pipeline.methods.health_metrics import HealthMetrics
+from pipeline.methods.shared.guidance import Guidance
 from pipeline.models.groups import ParameterGroup
 
 
@@ -69,6 +70,7 @@ class Method(nn.Module, ABC):
         metrics: detached scalars of the last ``forward`` for logging; never part of the loss.
         constant_names: names of parameters that never change in a run; a checkpoint shares their file with the one before.
         start: the tower ``backbone`` as the run began with it, frozen, if the settings keep it (``adapt``).
+        guidance: terms that discourage or encourage columns of metadata, if the settings name some (``guidance``).
         health_metrics: which of these metrics indicate training health, or ``None``.
     """
 
@@ -83,6 +85,7 @@ class Method(nn.Module, ABC):
         self.metrics: dict[str, Tensor] = {}
         self.constant_names: set[str] = set()
         self.start: nn.ModuleDict | None = None
+        self.guidance: Guidance | None = None
         self.health_metrics: HealthMetrics | None = None
 
     @property
@@ -120,11 +123,16 @@ class Method(nn.Module, ABC):
         """
         if self.teacher is not None:
             self.teacher.update(step.momentum, applied=applied)
+        if self.guidance is not None:
+            for name, new in self.guidance.moved(self.extra_state).items():
+                self.extra_state[name] = kept(applied, new, self.extra_state[name])
 
     def on_step_skipped(self) -> None:
         """Discards what ``forward`` kept for :meth:`after_step`. Called instead of it when the host knows that a step was not
         applied.
         """
+        if self.guidance is not None:
+            self.guidance.forget()
 
     def networks(self) -> dict[str, nn.Module]:
         """Trained sub-networks by name; with network-wise clipping each is clipped by its own gradient norm."""

@@ -10,6 +10,7 @@ from pipeline.config.schema import METHODS, Config
 from pipeline.errors import ConfigError
 from pipeline.methods.adaptation import adapted
 from pipeline.methods.base import Method
+from pipeline.methods.guidance import guided
 
 
 def build_method(config: Config) -> Method:
@@ -33,7 +34,7 @@ def build_method(config: Config) -> Method:
     if channels is not None:
         config = config.replace(model=config.model.model_copy(update={"in_channels": channels.count}))
     method: Method = package.build(config, config.method)
-    return adapted(method.of_channels(channels), config.adapt)
+    return guided(adapted(method.of_channels(channels), config.adapt), config.guidance)
 
 
 def build_seeded_method(config: Config, device: torch.device) -> Method:

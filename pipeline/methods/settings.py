@@ -19,6 +19,7 @@ class MethodSettings(Settings):
     """Base class of every method's settings; subclasses narrow ``name`` to a literal and are registered."""
 
     reads_text: ClassVar[bool] = False  # whether the method reads captions
+    guidable: ClassVar[bool] = False  # whether the settings in guidance apply: the method trains one tower without captions
 
     name: str = Field(description="the method")
     views: ViewSettings = Field(default=ViewSettings(), description="crop sizes and scales")

@@ -30,10 +30,12 @@ from pipeline.data.indexing import open_storage
 from pipeline.data.inputs import Inputs
 from pipeline.data.loader.bad_samples import BadSamples
 from pipeline.data.loader.batch_stream import BatchStream, StreamOptions
+from pipeline.data.loader.columns import ColumnReader
 from pipeline.data.loader.encoded_batches import StepDataset
 from pipeline.data.loader.prefetch import Prefetcher
 from pipeline.data.loader.reader import Reader
 from pipeline.data.order.order import Order
+from pipeline.data.storage import Storage
 from pipeline.errors import CheckpointError, ConfigError, NonFiniteError
 from pipeline.estimate.flops import counted
 from pipeline.evaluation.runner import Evaluations, Show
@@ -206,7 +208,7 @@ def assemble(
         record_data(run.data, inputs)
     store = open_storage(config)
     store.prefetched = Prefetcher.useful(inputs.train, store)
-    reader = Reader(inputs.train, wants=("image", "label", "caption"), checksum=config.data.verify_checksums, store=store)
+    reader = _reader(config, inputs, store)
     if (method.text is not None) != config.method.reads_text:
         raise ConfigError(
             f"the method {'reads' if method.text else 'does not read'} text, but its settings declare the opposite",
@@ -299,6 +301,14 @@ def assemble(
         verification=_verification(config, engine, method, world),
         progress=progress,
     )
+
+
+def _reader(config: Config, inputs: Inputs, store: Storage) -> Reader:
+    """Reads training samples, and the columns of metadata that guide the method."""
+    checksum = config.data.verify_checksums
+    if columns := {column.name: column.values for column in config.guidance.columns}:
+        return ColumnReader(inputs.train, columns, checksum=checksum, store=store)
+    return Reader(inputs.train, wants=("image", "label", "caption"), checksum=checksum, store=store)
 
 
 def _step_flops(config: Config, samples: int) -> float:

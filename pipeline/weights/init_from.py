@@ -38,6 +38,7 @@ from pipeline.weights.public_layouts import compare, fit, unwrapped
 from pipeline.weights.settings import AdaptSettings, InitSettings
 
 _FILES = (".safetensors", ".pth", ".pt", ".bin")
+_PROBES = "guidance."  # parameters of a method's guidance, which belong to the columns of its own run
 
 
 @dataclass(frozen=True)
@@ -257,7 +258,9 @@ def _matched(method: Method, source: Source, settings: InitSettings, *, shapes_o
     )
     weights = {f"{name}.{inner}": tensor for inner, tensor in fitted.weights.items()}
     if settings.heads:
-        own = {n: tuple(p.shape) for n, p in method.named_parameters() if p.requires_grad and not n.startswith(f"{name}.")}
+        new = (f"{name}.", _PROBES)
+        own = {n: tuple(p.shape) for n, p in method.named_parameters() if p.requires_grad and not n.startswith(new)}
+        rest = {n: t for n, t in rest.items() if not n.startswith(_PROBES)}
         compare(own, {n: tuple(t.shape) for n, t in rest.items()}, where=f"init_from.source={source.name}, heads")
         weights |= rest
     return weights, [*notes, *fitted.notes]

@@ -22,6 +22,8 @@ PLAIN = {
         "run.name",
         "data.sources.name",
         "data.image_extensions",
+        "guidance.columns.name",
+        "guidance.columns.values",
         "data.caption_extension",
         "data.label_extension",
         "data.storage.endpoint",

@@ -14,9 +14,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
+from pipeline import losses
 from pipeline.config.load import load
 from pipeline.config.schema import METHODS, Config
 from pipeline.data.augment.masks import block_masks, mask_counts
@@ -76,6 +78,10 @@ def make_method(name: str, seed: int = 0, **changes: Any) -> Method:
             if p.requires_grad:
                 p.add_(0.05 * torch.randn_like(p))
         made.extra_state = {key: value + 0.1 * torch.randn_like(value) for key, value in made.extra_state.items()}
+        if made.guidance is not None:
+            for key, sums in made.guidance.initial_state().items():
+                features = F.normalize(torch.randn(12 * len(sums), sums.shape[1] - 1), dim=1)
+                made.extra_state[key] = losses.value_sums(features, torch.arange(len(features)) % len(sums), len(sums))
     return made
 
 
@@ -103,7 +109,17 @@ def batch_at(made: Method, index: int, rows: slice = slice(None), samples: int =
         position=index * samples,
         tokens=_captions(samples, index)[rows] if made.text is not None else None,
         seed=1000 * index + numbers[0],
+        columns=_columns(made, index, samples, rows),
     )
+
+
+def _columns(made: Method, index: int, samples: int, rows: slice) -> dict[str, Tensor]:
+    """Numbers of values, every fifth of them missing."""
+    if made.guidance is None:
+        return {}
+    numbers = index * samples + torch.arange(samples)
+    whole = {c.name: (numbers * (3 + i)) % len(c.values) for i, c in enumerate(made.guidance.settings.columns)}
+    return {name: torch.where(numbers % 5 == 4, -1, own)[rows] for name, own in whole.items()}
 
 
 def _noise(name: str, *size: int) -> Tensor:

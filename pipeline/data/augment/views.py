@@ -236,6 +236,7 @@ class Batch:
         seed: seed of what a method draws on the device for this micro-batch, so that it can be drawn again.
         id_tensor: int64 ``[batch]``, ``ids`` on the device; see :meth:`numbers`.
         text_ends: position of each caption's end token, on the host, where a size depends on it.
+        columns: for each column of metadata that is read int64 ``[batch]``, the number of the sample's value, -1 without one.
     """
 
     views: dict[str, list[Tensor]]
@@ -250,6 +251,7 @@ class Batch:
     seed: int = 0
     id_tensor: Tensor | None = None
     text_ends: list[int] | None = None
+    columns: dict[str, Tensor] = field(default_factory=dict)
 
     def numbers(self) -> Tensor:
         """``ids`` as int64 ``[batch]`` on the device, loaded with the batch: a list becomes a tensor only by a blocking copy."""
@@ -270,6 +272,7 @@ class Batch:
             yield self.tokens
         if self.id_tensor is not None:
             yield self.id_tensor
+        yield from self.columns.values()
 
     @property
     def sides(self) -> tuple[Size, ...]:

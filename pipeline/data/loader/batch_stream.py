@@ -207,7 +207,7 @@ class BatchStream:
                 break
         else:
             image = self._decoder.blank(_BLANK)
-            record, other = replace(bad, height=_BLANK, width=_BLANK, caption=None, captions=(), label=-1), -1
+            record, other = replace(bad, height=_BLANK, width=_BLANK, caption=None, captions=(), label=-1, values={}), -1
         sizes = np.array([(record.height, record.width)], dtype=np.int64)
         ids = np.array([bad.id], dtype=np.uint64)
         fresh = make_plan(data.specs_at(portion.step), ids=ids, epochs=portion.epochs[row : row + 1], sizes=sizes, seed=data.seed)
@@ -234,6 +234,10 @@ class BatchStream:
             boxes=self._boxes(specs, plan),
             id_tensor=to_device(np.array([r.id for r in chosen], dtype=np.int64)),
             text_ends=last_positions(portion.tokens[rows]) if portion.tokens is not None else None,
+            columns={
+                name: to_device(np.array([r.values.get(name, -1) for r in chosen], dtype=np.int64))
+                for name in self._dataset.reader.columns
+            },
         )
 
     def _tokens(self, portion: RankBatch, rows: slice) -> torch.Tensor | None:

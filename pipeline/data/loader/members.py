@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pipeline.data import storage
 from pipeline.data.index import tar
 from pipeline.data.index.manifest import Manifest
-from pipeline.data.loader.reader import Located, Reader, Record
+from pipeline.data.loader.reader import Located, Reader, Record, Want
 from pipeline.data.order.dataset import lru_get
 from pipeline.errors import DataError
 
@@ -36,17 +36,19 @@ class MemberReader(Reader):
         checksum: compare the image's CRC-32 with the index.
         store: access to the shards.
         only: extensions of the members to return; ``None`` for all.
+        wants: the parts of the index to read.
     """
 
     def __init__(
         self,
         manifest: Manifest,
         *,
+        wants: Iterable[Want] = ("image", "caption", "label", "segmentation"),
         checksum: bool = True,
         store: storage.Storage | None = None,
         only: Iterable[str] | None = None,
     ) -> None:
-        super().__init__(manifest, checksum=checksum, store=store)
+        super().__init__(manifest, wants=wants, checksum=checksum, store=store)
         self._only = None if only is None else frozenset(only)
         self._ranges: OrderedDict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = OrderedDict()
 
@@ -93,8 +95,7 @@ class MemberReader(Reader):
                 if name[0] != key or "." + name[1] in contents:
                     break
                 ours = True
-                if self._only is None or name[1] in self._only:
-                    _check(member, about.url)
+                if (self._only is None or name[1] in self._only) and self._reads(member, about.url):
                     data = known.get(member.offset)
                     contents["." + name[1]] = window.read(member.offset, member.size) if data is None else data
         except tar.TarDamage:
@@ -103,6 +104,20 @@ class MemberReader(Reader):
         if not ours:  # its name is in a header that lies before the range
             contents["." + self.manifest.fields.images[0]] = contents["image"]
         return contents
+
+    def _reads(self, member: tar.Member, where: str) -> bool:
+        """Whether a member that was asked for is read.
+
+        Raises:
+            DataError: it is larger than one read may be.
+        """
+        if member.size > _MEMBER:
+            raise DataError(
+                f"member {tar.shown(member.name)} has {member.size} bytes, more than one read may have",
+                where=where,
+                hint="Leave it out: pass the extensions to read as members",
+            )
+        return True
 
     def _of_shard(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Returns for each accepted sample of a shard where its members may begin, and where they have ended."""
@@ -116,15 +131,6 @@ class MemberReader(Reader):
         before = np.concatenate([[0], np.maximum.accumulate(ends)[:-1]]) if len(ends) else ends
         after = np.concatenate([np.minimum.accumulate(starts[::-1])[::-1][1:], [index.size]]) if len(starts) else starts
         return before[index.accepted], after[index.accepted]
-
-
-def _check(member: tar.Member, where: str) -> None:
-    if member.size > _MEMBER:
-        raise DataError(
-            f"member {tar.shown(member.name)} has {member.size} bytes, more than one read may have",
-            where=where,
-            hint="Leave it out: pass the extensions to read as members",
-        )
 
 
 class _Window:

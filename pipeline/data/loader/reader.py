@@ -45,6 +45,7 @@ class Record:
             (no end marker): then ``image`` is None.
         captions: all its non-empty captions.
         members: bytes of all its members by extension, if :class:`pipeline.data.loader.members.MemberReader` read it.
+        values: number of its value in each column that it has, if :class:`pipeline.data.loader.columns.ColumnReader` read it.
     """
 
     id: int
@@ -59,6 +60,7 @@ class Record:
     status: str = "ok"
     captions: tuple[str, ...] = ()
     members: Mapping[str, bytes] = field(default_factory=dict)
+    values: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,12 @@ class Reader:
         wants: the parts to read.
         checksum: compare the image's CRC-32 with the index (about 10 µs for 64 KB).
         store: access to the shards.
+
+    Attributes:
+        columns: names of the columns of metadata that it reads.
     """
+
+    columns: tuple[str, ...] = ()
 
     def __init__(
         self,

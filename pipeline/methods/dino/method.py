@@ -97,6 +97,7 @@ class DINO(TwoViews):
     @override
     def on_step_skipped(self) -> None:
         """Discards the skipped batch, whose mean may not be finite."""
+        super().on_step_skipped()
         self._sums.clear()
 
     @override

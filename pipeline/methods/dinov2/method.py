@@ -215,6 +215,7 @@ class DINOv2(Method):
 
     def on_step_skipped(self) -> None:
         """Discards the skipped batch, whose means may not be finite."""
+        super().on_step_skipped()
         self._clear_step_state()
 
     def parameter_groups(self) -> list[ParameterGroup]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field
 from typing_extensions import override
@@ -41,6 +41,8 @@ class Resolution(Settings):
 @register("dinov2")
 class Dinov2Settings(MethodSettings):
     """DINOv2 (arXiv 2304.07193): self-distillation of class and patch tokens."""
+
+    guidable: ClassVar[bool] = True
 
     name: Literal["dinov2"] = Field(default="dinov2", description="the method")
     views: MultiCropSettings = Field(default=MultiCropSettings(), description="multi-crop sizes and counts")

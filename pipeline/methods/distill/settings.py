@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 from typing_extensions import override
@@ -23,6 +23,7 @@ class StudentSettings(ModelSettings):
 class DistillSettings(Dinov2Settings):
     """DINOv2's distillation (arXiv 2304.07193, section 5): DINOv2's losses against a frozen teacher with its heads."""
 
+    guidable: ClassVar[bool] = False  # its target is the frozen teacher's
     name: Literal["distill"] = Field(default="distill", description="the method")  # type: ignore[assignment]
     teacher_model: ModelSettings = Field(
         default=ModelSettings(), description="backbone of the frozen teacher; its heads have the student's sizes"

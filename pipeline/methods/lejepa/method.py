@@ -86,6 +86,7 @@ class LeJEPA(TwoViews):
     @override
     def on_step_skipped(self) -> None:
         """Discards the gradient cache."""
+        super().on_step_skipped()
         self._replays.clear()
 
 

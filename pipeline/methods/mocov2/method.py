@@ -78,6 +78,7 @@ class MoCoV2(TwoViews):
     @override
     def on_step_skipped(self) -> None:
         """Discards the keys of the skipped batch."""
+        super().on_step_skipped()
         self._new.clear()
 
 

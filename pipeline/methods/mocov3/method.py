@@ -93,6 +93,7 @@ class MoCoV3(TwoViews):
     @override
     def on_step_skipped(self) -> None:
         """Discards the prepared keys."""
+        super().on_step_skipped()
         self._keys.clear()
 
     @override

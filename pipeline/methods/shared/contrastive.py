@@ -95,6 +95,7 @@ class Contrastive(Method):
 
     def on_step_skipped(self) -> None:
         """Discards the gradient cache."""
+        super().on_step_skipped()
         self._replays.clear()
 
     def parameter_groups(self) -> list[ParameterGroup]:

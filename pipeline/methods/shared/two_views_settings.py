@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -30,6 +30,8 @@ class RepelSettings(Settings):
 
 class TwoViewSettings(MethodSettings):
     """Base settings of the methods with two global views."""
+
+    guidable: ClassVar[bool] = True
 
     views: MultiCropSettings = Field(default=PAIR, description="crop sizes and counts")
     augment: AugmentSettings = Field(default=COLOURS, description="augmentation of a crop")

@@ -83,6 +83,7 @@ class SimCLR(TwoViews):
     @override
     def on_step_skipped(self) -> None:
         """Discards the gradient cache."""
+        super().on_step_skipped()
         self._replays.clear()
 
 

@@ -91,6 +91,7 @@ class SimVLM(Method):
     @override
     def on_step_skipped(self) -> None:
         """Discards the prepared state."""
+        super().on_step_skipped()
         self._counts.clear()
 
     @override

@@ -13,6 +13,7 @@ from pipeline.config.schema import Config
 from pipeline.config.sizes import shortest_side
 from pipeline.config.types import Length
 from pipeline.errors import ConfigError, DataError
+from pipeline.weights.adapt.columns import Guides
 from pipeline.weights.adapt.describe import Described
 
 LEAST_IMAGES = 128
@@ -56,7 +57,16 @@ class Plan:
     freeze: int
 
 
-def make_plan(weights: Described, images: Images, *, name: str, directory: str, source: str, train: str = "all") -> Plan:
+def make_plan(
+    weights: Described,
+    images: Images,
+    *,
+    name: str,
+    directory: str,
+    source: str,
+    train: str = "all",
+    guides: Guides | None = None,
+) -> Plan:
     """Chooses the settings.
 
     Args:
@@ -66,6 +76,7 @@ def make_plan(weights: Described, images: Images, *, name: str, directory: str, 
         directory: its directory, absolute.
         source: the weights, absolute.
         train: part of the tower that is trained, as in ``adapt.train``.
+        guides: columns of metadata that guide the run.
 
     Raises:
         DataError: there are too few images.
@@ -104,6 +115,9 @@ def make_plan(weights: Described, images: Images, *, name: str, directory: str, 
             f"the heads are new: for the first {freeze * batch} samples only they are trained; then the tower's rate rises "
             "over as many (as LP-FT, arXiv 2202.10054)"
         )
+    if guides is not None:
+        settings["guidance"] = {"columns": guides.columns}
+        reasons["guidance.columns"] = guides.reason
     settings |= _schedules(steps, warm, weights.run, reasons)
     every = f"{max(steps // 5, 1)} steps"
     settings["checkpoint"] = {"every": every}

@@ -20,6 +20,7 @@ from pipeline.data.index.manifest import Manifest
 from pipeline.data.indexing import Progress, indexed, open_storage
 from pipeline.data.loader.reader import Reader
 from pipeline.errors import ConfigError, DataError
+from pipeline.weights.adapt.columns import guides_of
 from pipeline.weights.adapt.describe import describe
 from pipeline.weights.adapt.plan import Images, Plan, check_length, make_plan
 from pipeline.weights.adapt.text import COMMAND_LINE, command_line, config_text
@@ -56,6 +57,7 @@ def prepare(
     overrides: Sequence[str],
     *,
     train: str,
+    columns: Sequence[tuple[str, str]] = (),
     command: Sequence[str],
     progress: Progress | None = None,
 ) -> Prepared:
@@ -67,6 +69,7 @@ def prepare(
         directory: run directory.
         overrides: ``KEY=VALUE`` settings that replace chosen ones.
         train: part of the tower that is trained, as in ``adapt.train``.
+        columns: columns of the samples' JSON that guide the run, each with ``discourage`` or ``encourage``.
         command: the whole command line after ``fovea``, for the header.
         progress: called for each shard indexed.
 
@@ -82,9 +85,12 @@ def prepare(
     _check(overriding, shards)
     described = describe(weights, unwrap(overriding).get("model", {}))
     images, manifest = _images(shards, unwrap(overriding), progress)
+    guides = guides_of(columns, manifest, _probe(shards, unwrap(overriding)), already_set="guidance" in unwrap(overriding))
     source = absolute(weights, "name")
     name = directory.resolve().name.lstrip("._-+") or "adapted"
-    plan = make_plan(described, images, name=name, directory=os.path.abspath(directory), source=source, train=train)
+    plan = make_plan(
+        described, images, name=name, directory=os.path.abspath(directory), source=source, train=train, guides=guides
+    )
     tree = grown(plan.settings, "chosen")
     merge(tree, overriding)
     settings = unwrap(tree)
@@ -141,9 +147,7 @@ def _keys(tree: dict[str, Any], prefix: str = "") -> list[str]:
 def _images(shards: Sequence[str], overrides: dict[str, Any], progress: Progress | None) -> tuple[Images, Manifest]:
     """Indexes the shards and looks at some images."""
     _check_packed(shards)
-    data = overrides.get("data", {})
-    section = {**data, "shards": list(shards)} if isinstance(data, dict) else {"shards": list(shards)}
-    probe = Config.model_validate({"model": {"timm_name": "vit_tiny_patch16_224"}, "data": section})
+    probe = _probe(shards, overrides)
     manifest = indexed(probe, probe.data.patterns, progress)
     count = manifest.total
     spread = np.unique(np.linspace(0, max(count - 1, 0), min(count, _INSPECTED)).astype(np.int64))
@@ -152,6 +156,13 @@ def _images(shards: Sequence[str], overrides: dict[str, Any], progress: Progress
     modes = [mode for image in encoded if image is not None and (mode := _mode(image))]
     full = patterns(tuple(shards))
     return Images(full, count, bool(modes) and all(mode in _GRAY for mode in modes), _labelled(probe, manifest)), manifest
+
+
+def _probe(shards: Sequence[str], overrides: dict[str, Any]) -> Config:
+    """Settings that read the shards as the run will."""
+    data = overrides.get("data", {})
+    section = {**data, "shards": list(shards)} if isinstance(data, dict) else {"shards": list(shards)}
+    return Config.model_validate({"model": {"timm_name": "vit_tiny_patch16_224"}, "data": section})
 
 
 def _check_packed(shards: Sequence[str]) -> None:

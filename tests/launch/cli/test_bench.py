@@ -37,6 +37,7 @@ def test_all_benchmarks_run_at_minimal_size_and_each_keeps_its_page(tmp_path: Pa
         "chaos",
         "curation",
         "failures",
+        "guidance",
         "kills",
         "large_job",
         "loaders",
