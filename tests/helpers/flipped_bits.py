@@ -59,8 +59,12 @@ class Flip:
 class Verified:
     """A method, its engine and their verification on this rank."""
 
-    def __init__(self, name: str, zero: Any, accumulation: int, every: int | None, **changes: Any) -> None:
+    def __init__(
+        self, name: str, zero: Any, accumulation: int, every: int | None, *, draws: bool = False, **changes: Any
+    ) -> None:
         self.made = tiny.make_method(name, **changes)
+        if draws:  # as a method of a user's may, that draws from torch itself
+            self.made.register_forward_hook(lambda *given: {key: term * torch.rand(()) for key, term in given[-1].items()})
         self.engine = tiny.engine_of(self.made, zero, accumulation)
         self.accumulation = accumulation
         world = World(dist.get_rank(), dist.get_world_size(), 0, torch.device("cpu"), None)  # type: ignore[arg-type]
