@@ -23,7 +23,7 @@ from pipeline.runtime.locks import lock
 VARIABLE = "FOVEA_SNAPSHOTS"  # tells the ranks where it is; with _NODE in place of the node's name if there are several nodes
 LAST_START = "FOVEA_LAST_START"  # set if no restart is left, so that no later start would read a snapshot
 _MEMORY = Path("/dev/shm")
-READY, FAILED = "ready", "failed"  # a keeper's first word
+READY, FAILED = "fovea-ready", "fovea-failed"  # a keeper's first word
 _TRIES = 20
 _NODE = "%h"
 _END = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

@@ -10,7 +10,6 @@ import typer
 
 from pipeline.errors import ConfigError, FoveaError, LaunchError
 from pipeline.runtime.run_directory import RunDirectory
-from pipeline.tracking.ended import record_end
 from pipeline.untrusted import printable
 
 app = typer.Typer(no_args_is_help=True, help="Send the journals of runs to MLflow.")
@@ -79,6 +78,7 @@ def send(run: RunDirectory, uri: str | None, timeout: float) -> Exception | None
         FoveaError: the run, or its tracker, cannot be used.
     """
     from pipeline.tracking import Shipper, destination_of, eval_destinations, server_of, shippers, shown_server
+    from pipeline.tracking.ended import record_end
 
     config = run.settings()
     run.own_folder(run.tracking.name)

@@ -53,8 +53,8 @@ def kept(run: Path, nodes: Sequence[str], python: str, environment: dict[str, st
         ready = 0
         assert keepers.stdout is not None
         for line in keepers.stdout:
-            ready += line.startswith(host_memory.READY)
-            if ready == len(nodes) or line.startswith(host_memory.FAILED):
+            ready += line.count(host_memory.READY)  # srun may join what two nodes write at once into one line
+            if ready >= len(nodes) or host_memory.FAILED in line:
                 break
         timer.cancel()
         if not 0 < ready == len(nodes):

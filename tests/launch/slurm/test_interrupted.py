@@ -318,7 +318,7 @@ def test_a_long_kill_wait_costs_nothing_where_the_ranks_end(tmp_path: Path, monk
         reach(cancelled, 6)
         wait_for_successor(cancelled, job)
         made.call("scancel", str(job))
-        assert "saved at step" in verdict(cancelled)["why"]
+        until(lambda: "saved at step" in record.final_state(cancelled).get("why", ""), "the ranks did not save")
         until(lambda: not queue(cancelled), "a job of a cancelled run is left in the queue")
         requeued, job = begin(steps=5000, folder="b")
         reach(requeued, 6)
