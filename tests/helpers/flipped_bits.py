@@ -63,14 +63,25 @@ class Verified:
         self, name: str, zero: Any, accumulation: int, every: int | None, *, draws: bool = False, **changes: Any
     ) -> None:
         self.made = tiny.make_method(name, **changes)
-        if draws:  # as a method of a user's may, that draws from torch itself
-            self.made.register_forward_hook(lambda *given: {key: term * torch.rand(()) for key, term in given[-1].items()})
+        if draws:
+            self.draw()
         self.engine = tiny.engine_of(self.made, zero, accumulation)
         self.accumulation = accumulation
         world = World(dist.get_rank(), dist.get_world_size(), 0, torch.device("cpu"), None)  # type: ignore[arg-type]
         self.verification = Verification(self.engine, self.made, world, every) if every else None
         self.flip: Flip | None = None
         self.passes = 0
+
+    def draw(self) -> None:
+        """Scale the terms of a step by a random number that is drawn outside of the forward pass, where torch is not seeded."""
+        before, factors = self.made.before_accumulation, [torch.ones(())]
+
+        def drawing(batches: list[Batch], step: Step) -> None:
+            factors[0] = torch.rand(())
+            before(batches, step)
+
+        self.made.before_accumulation = drawing  # type: ignore[method-assign, assignment]
+        self.made.register_forward_hook(lambda *given: {key: term * factors[0] for key, term in given[-1].items()})
 
     def now(self, place: str) -> bool:
         """Whether the bit of this place is due."""

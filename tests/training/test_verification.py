@@ -47,7 +47,7 @@ def test_a_run_is_the_same_bit_for_bit_with_and_without_verification(name: str, 
         assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []
 
 
-def test_random_numbers_that_a_method_draws_from_torch_itself_are_the_same_in_both_passes() -> None:
+def test_random_numbers_that_a_method_draws_outside_of_its_forward_pass_are_the_same_in_both() -> None:
     given = {"name": "simclr", "zero": 1, "accumulation": 1, "model": BLOCK, "draws": True}
     verified, plain = (pool(2).run(flips.trained, every=every, steps=3, **given) for every in (2, None))
     assert all(torch.equal(verified[0][key], plain[0][key]) for key in plain[0])
