@@ -179,7 +179,19 @@ def _curation(d: Document) -> list[Row]:
     own = [r["row"] for r in d["rows"] if r["stage"] == "duplicates" and r["row"]["threshold"] == "0.97"]
     removed, lost = ([float(row[name].rstrip(" %")) for row in own] for name in ("removed copies", "lost originals"))
     recall = f"{min(removed):.1f} to {max(removed):.1f} % removed"
-    return [Row("planted near-duplicates, cosine 0.97", recall, "what was planted", f"{max(lost):.1f} % of originals lost")]
+    rows = [Row("planted near-duplicates, cosine 0.97", recall, "what was planted", f"{max(lost):.1f} % of originals lost")]
+    learned = [r["row"] for r in d["rows"] if r["stage"] == "learning"]
+    if not learned:
+        return rows
+    score = {name: [float(row[_SCORE].rstrip(" %")) for row in learned if row["trained on"] == name] for name in _TRAINED_ON}
+    chosen, everything = (f"{sum(values) / len(values):.1f} %" for values in score.values())
+    return [
+        *rows,
+        Row("k-NN of DINOv2 on a curated selection, equal steps", chosen, f"{everything} all samples", learned[-1][_SCORE]),
+    ]
+
+
+_SCORE, _TRAINED_ON = "k-NN (k=20)", ("the selection", "all samples")
 
 
 def _determinism(d: Document) -> list[Row]:
