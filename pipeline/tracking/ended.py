@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import stat
 import time
@@ -36,7 +35,8 @@ def record_end(run: RunDirectory) -> str:
         return ""
     last, state, why = rows[-1], "", ""
     over = job_record.final_state(run) if "job" in starts[-1] else {}  # started by a job of Slurm, which may start it again
-    gone = time.time() - _SAVING > over.get("t", math.inf)  # a cancelled job may have been killed before it noted its end
+    noted = over.get("t")
+    gone = type(noted) is float and time.time() - _SAVING > noted  # a cancelled job may have been killed before it noted its end
     if last["event"] != "end" and not gone:
         return ""
     if "job" in starts[-1]:

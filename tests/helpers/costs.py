@@ -66,8 +66,8 @@ def spent() -> tuple[int, float]:
     own = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     count, seconds = 0, 0.0
     folder, worker = Path(os.environ.get("FOVEA_WARM_PYTHON", "none")).parent, os.environ.get("PYTEST_XDIST_WORKER", "main")
-    for told in (folder / f"cpu-{worker}", folder / "standin" / f"cpu-{worker}"):
-        one, its = (told.read_text() if told.exists() else "").split() or (0, 0.0)
+    for path in (folder / f"cpu-{worker}", folder / "standin" / f"cpu-{worker}"):
+        one, its = (path.read_text() if path.exists() else "").split() or (0, 0.0)
         count, seconds = count + int(one), seconds + float(its)
     running = 0.0
     for process in psutil.Process().children(recursive=True):

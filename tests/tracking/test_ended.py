@@ -123,6 +123,15 @@ def test_damaged_records_add_nothing(run: RunDirectory, rows: str) -> None:
     assert not run.journal(99).exists()
 
 
+@pytest.mark.parametrize(
+    "document", ["[]", '{"t": "x"}', '{"t": null}', '{"state": ["failed"], "t": 1e999}', '{"t": true, "state": "stopped"}']
+)
+def test_a_damaged_final_state_adds_nothing(run: RunDirectory, document: str) -> None:
+    run.note("start", attempt=0, ranks=2, job=5)
+    (run.path / "final_state.json").write_text(document)
+    assert record_end(run) == ""
+
+
 @pytest.mark.slow
 def test_a_killed_run_is_failed_in_mlflow_and_running_and_finished_once_it_is_resumed(tmp_path: Path) -> None:
     from mlflow import MlflowClient

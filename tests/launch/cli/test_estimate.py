@@ -166,7 +166,7 @@ def test_what_the_data_cost_is_told_if_shards_are_indexed_or_may_be(tmp_path: Pa
     assert "Data are not estimated" in out.getvalue()
 
 
-def test_storage_is_not_asked_without_need_and_what_is_not_counted_is_told(
+def test_storage_is_not_read_without_need_and_what_is_not_counted_is_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synthetic.write(tmp_path / "data", train=40, val=10, size=16, seed=1, samples_per_shard=20)
@@ -174,16 +174,16 @@ def test_storage_is_not_asked_without_need_and_what_is_not_counted_is_told(
     config = loaded(tmp_path, TOY, *own, f"data.selection={tmp_path}/some.parquet")
     assert config.train.global_batch_size <= 40
 
-    def told(samples: int | None, nodes: int = 1) -> str:
+    def printed(samples: int | None, nodes: int = 1) -> str:
         out = StringIO()
         data(config, ranks=8, nodes=nodes, shards=0, samples=samples, console=Console(file=out, width=400))
         return out.getvalue()
 
-    assert "Selections are not counted" in told(40)
-    assert "5 nodes" in told(40, nodes=5), "which do not divide the batch"
-    assert "a data set of 3 samples in 2 shards has fewer than one global batch" in told(3)
-    monkeypatch.setattr(estimate_data, "open_storage", lambda *_, **__: pytest.fail("storage was asked"))
-    assert "--index-shards 3" in told(None)
+    assert "Selections are not counted" in printed(40)
+    assert "5 nodes" in printed(40, nodes=5), "which do not divide the batch"
+    assert "a data set of 3 samples in 2 shards has fewer than one global batch" in printed(3)
+    monkeypatch.setattr(estimate_data, "open_storage", lambda *_, **__: pytest.fail("storage was read"))
+    assert "--index-shards 3" in printed(None)
 
 
 def test_fewer_streams_are_proposed_where_they_download_less(tmp_path: Path) -> None:
