@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from pipeline.data.pack import synthetic as scenes
 from pipeline.models.settings import ModelSettings
 from pipeline.models.vision import build_tower
 from tests.helpers.commands import fovea
-from tests.helpers.runs import TOY, recorded, train, weights
+from tests.helpers.limits import LONG
+from tests.helpers.runs import TOY, command, processes_of, recorded, started_and_held, train, wait_for_step, weights
 
 STEPS = 4
 GROUND: dict[str, Any] = {"name": "ground", "direction": "discourage", "values": list(scenes.GROUNDS[1:])}
@@ -61,6 +64,15 @@ def test_a_guided_run_is_resumed_bit_for_bit(data: tuple[Path, str], tmp_path: P
     assert sorted(recorded(resumed, 0)) == [2, 3]
     assert weights(resumed, STEPS) == weights(whole, STEPS)
 
+    killed = tmp_path / "killed" / "run"
+    launcher = started_and_held(command(config, shards, killed, *settings, "checkpoint.async_save=false"), 3)
+    wait_for_step(killed, 2, launcher)
+    os.kill(processes_of(killed)[0], signal.SIGKILL)
+    assert launcher.wait(LONG) != 0
+    done = train(config, shards, killed, *settings)
+    assert done.returncode == 0 and "resuming at step 2" in done.stdout, done.stderr + done.stdout
+    assert weights(killed, STEPS) == weights(whole, STEPS)
+
 
 @pytest.mark.parametrize(
     ("column", "message"),
@@ -78,8 +90,8 @@ def test_a_column_that_is_not_there_is_refused_by_the_check_and_the_run(
 ) -> None:
     config, shards = data
     words = (str(config), f"data.shards={shards}", f"data.index={tmp_path / 'index'}", guided(column))
-    for command in (("config", "check"), ("train",)):
-        assert fovea(*command, *words, f"run.directory={tmp_path / 'run'}") == 2
+    for verb in (("config", "check"), ("train",)):
+        assert fovea(*verb, *words, f"run.directory={tmp_path / 'run'}") == 2
         said = " ".join(capsys.readouterr().err.split())
         assert all(part in said for part in message), said
     assert not (tmp_path / "run" / "config.yaml").exists()
