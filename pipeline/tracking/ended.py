@@ -71,5 +71,8 @@ def _add(path: Path, tags: dict[str, str]) -> bool:
             return False
         torn = status.st_size and os.pread(descriptor, 1, status.st_size - 1) != b"\n"
         row = {"t": round(time.time(), 3), "kind": "tags", "values": tags}
-        file.write((b"\n" if torn else b"") + json.dumps(row).encode() + b"\n")
-    return True
+        line = (b"\n" if torn else b"") + json.dumps(row).encode() + b"\n"
+        try:
+            return file.write(line) == len(line)
+        except OSError:  # a full disk: the next call adds it
+            return False

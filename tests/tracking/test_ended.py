@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import time
 from collections.abc import Iterator
@@ -130,6 +131,19 @@ def test_a_damaged_final_state_adds_nothing(run: RunDirectory, document: str) ->
     run.note("start", attempt=0, ranks=2, job=5)
     (run.path / "final_state.json").write_text(document)
     assert record_end(run) == ""
+
+
+def test_a_full_disk_adds_nothing_and_the_next_call_does(run: RunDirectory) -> None:
+    run.note("end", attempt=0, code=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = run.journal(0).stat().st_size
+    for allowed in (size, size + 20):  # nothing of the line fits, or a part of it
+        resource.setrlimit(resource.RLIMIT_FSIZE, (allowed, hard))
+        try:
+            assert record_end(run) == ""
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert record_end(run) == "failed" and list(states(run)) == ["running", "failed"]
 
 
 @pytest.mark.slow
