@@ -80,7 +80,7 @@ def methods(
     shards = shards or _scenes(directory)
     each = f"{minutes:g} minutes" if samples is None else f"{samples} samples"
     runs = measure(names or list(known), shards, minutes=minutes, samples=samples, ranks=ranks, directory=directory)
-    _collect("methods", out, runs, line, partial(markdown, each=each), "rows", each=each)
+    collect("methods", out, runs, line, partial(markdown, each=each), "rows", each=each)
 
 
 @app.command()
@@ -106,7 +106,7 @@ def collapse_ablation(
     from pipeline.reports.collapse_ablation import page
 
     runs = measure(questions or list(Question), shards or _scenes(directory), samples=samples, ranks=ranks, directory=directory)
-    results = _collect("collapse-ablation", out, runs, line, markdown, "trials")
+    results = collect("collapse-ablation", out, runs, line, markdown, "trials")
     (directory / "curves.html").write_text(page(results))
     log(f"wrote {directory / 'curves.html'}")
 
@@ -131,7 +131,7 @@ def dense_features(
     from pipeline.bench.dense_features import line, markdown, measure
 
     runs = measure(shards or _scenes(directory), samples=samples, seeds=range(seeds), ranks=ranks, directory=directory)
-    _collect("dense-features", out, runs, line, markdown, "runs")
+    collect("dense-features", out, runs, line, markdown, "runs")
 
 
 @app.command()
@@ -160,7 +160,7 @@ def adaptation(
 
     chosen: Any = [shift.value for shift in shifts or SceneShift if shift != SceneShift.NONE]
     runs = measure(chosen, seeds=range(seeds), samples=samples, images=images, ranks=ranks, directory=directory.absolute())
-    _collect("adaptation", out, runs, line, markdown, "runs", samples=samples, images=images)
+    collect("adaptation", out, runs, line, markdown, "runs", samples=samples, images=images)
 
 
 @app.command()
@@ -176,7 +176,7 @@ def guidance(
     """
     from pipeline.bench.guidance import line, markdown, measure
 
-    _collect("guidance", out, measure(seeds=range(seeds)), line, markdown, "runs")
+    collect("guidance", out, measure(seeds=range(seeds)), line, markdown, "runs")
 
 
 @app.command()
@@ -210,7 +210,7 @@ def curation(
     numbers = [int(part) for part in sizes.split(",") if part.strip().isdecimal()]
     folders = Folders(directory.absolute(), photos and photos.absolute(), cifar and cifar.absolute())
     results = measure(chosen, folders, seeds=range(seeds), sizes=numbers, samples=samples)
-    _collect("curation-cpu", out, results, line, markdown, "rows")
+    collect("curation-cpu", out, results, line, markdown, "rows")
 
 
 @app.command()
@@ -253,7 +253,7 @@ def chaos(
             raise ConfigError(f"there is no kind of fault {kind!r}", where="KIND", hint=f"Choose one of {', '.join(table)}")
     known = read(directory.absolute() / ROWS)
     rows = measure(chosen, directory.absolute(), faults=0 if page else faults, seed=seed, log=log)
-    _collect("chaos-cpu", out, rows, line, markdown, "rows", known)
+    collect("chaos-cpu", out, rows, line, markdown, "rows", known)
 
 
 def _seconds(text: str, least: float = 0.0) -> Any:
@@ -375,7 +375,7 @@ def snapshots(
     save("snapshots-cpu", out, partial(markdown, result, options), {"options": asdict(options), **asdict(result)})
 
 
-def _collect(
+def collect(
     name: str,
     out: Path | None,
     runs: Iterable[Any],
