@@ -17,20 +17,25 @@ Plane = NDArray[np.float32]
 Weave = Callable[[str, Plane, Plane, float], Plane]
 Shift = Literal["none", "palette", "texture", "microscope"]
 SHIFTS: tuple[str, ...] = get_args(Shift)
-VERSION = 1
+VERSION = 2
 """Increase it when the images change: existing data sets are then generated again."""
 
 _NOISE = 0x5CE3  # identifies the random draws
 _TURN = np.array([[0.25, 0.85, -0.1], [-0.15, 0.2, 0.95], [0.9, -0.1, 0.2]], dtype=np.float32)  # of red, green and blue
 _BLUR = (0.25, 0.5, 0.25)
-_GRAIN = 0.05  # maximum standard deviation of the microscope's noise, of 1
-_STAIN = np.array([0.55, 0.25, 0.6], dtype=np.float32)  # how much of red, green and blue passes where the stain is thickest
+_GRAIN = 0.03  # maximum standard deviation of the microscope's noise, of 1
+# How much of red, green and blue passes where each of two stains, violet and pink, is thickest; and how much of a stain
+# darkness and redness of the original image bind.
+_STAINS = np.array([[0.2, 0.1, 0.5], [0.95, 0.45, 0.6]], dtype=np.float32)
+_BINDS = np.array([[-0.6, -1.2, -0.2], [1.5, -1.5, 0.3]], dtype=np.float32)
+_OFFSETS = np.array([1.4, 0.2], dtype=np.float32)
 
 
 def shifted(image: NDArray[np.uint8], shift: Shift, seed: int, index: int) -> NDArray[np.uint8]:
     """An image of another domain: uint8 ``[size, size, 3]``.
 
-    ``palette`` mixes the colours and inverts them; ``microscope`` makes a stain of brightness, with blur, vignetting and noise;
+    ``palette`` mixes the colours and inverts them; ``microscope`` shows two stains instead of
+    colours, with blur, vignetting and noise;
     ``texture`` and ``none`` change nothing here.
     """
     if shift == "palette":
@@ -40,13 +45,14 @@ def shifted(image: NDArray[np.uint8], shift: Shift, seed: int, index: int) -> ND
         return image
     size = len(image)
     dense = image.astype(np.float32) / 255
-    thick: Plane = (1 - dense @ np.array([0.6, 0.1, 0.3])).astype(np.float32)
-    thick = (_blurred(thick) * 1.6).astype(np.float32)
+    bound = dense @ _BINDS.T + _OFFSETS
+    thick = [_blurred(np.clip(bound[:, :, i], 0, None)) for i in range(2)]
     axis: Plane = np.linspace(-1, 1, size).astype(np.float32)
     light = 1 - np.float32(0.35) * (axis[:, None] ** 2 + axis[None, :] ** 2) / 2
     u = uniforms(np.array([index], dtype=np.uint64), size * size + 1, seed, _NOISE)[0].astype(np.float32)
     grain = (u[1:].reshape(size, size) - np.float32(0.5)) * np.float32(_GRAIN * np.sqrt(12) * (0.5 + 0.5 * u[0]))
-    stained = _STAIN ** thick[:, :, None] * light[:, :, None] + grain[:, :, None]
+    passed = _STAINS[0] ** thick[0][:, :, None] * _STAINS[1] ** thick[1][:, :, None]
+    stained = passed * light[:, :, None] + grain[:, :, None]
     return np.clip(stained * 255, 0, 255).astype(np.uint8)
 
 

@@ -6,6 +6,7 @@ thousand images is fovea's own choice, and is called so.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,7 @@ def make_plan(
     source: str,
     train: str = "all",
     guides: Guides | None = None,
+    own: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Chooses the settings.
 
@@ -77,6 +79,7 @@ def make_plan(
         source: the weights, absolute.
         train: part of the tower that is trained, as in ``adapt.train``.
         guides: columns of metadata that guide the run.
+        own: sections with the user's own settings, valid; what is chosen follows their length, batch and size of views.
 
     Raises:
         DataError: there are too few images.
@@ -95,17 +98,19 @@ def make_plan(
         "init_from": {"source": source, **({"heads": True} if weights.method is not None else {})},
         "data": {"shards": list(images.patterns)},
     }
-    batch = _batch(count)
+    of_user = _section(own, "train")
+    batch = int(of_user.get("global_batch_size", _batch(count)))
     samples = min(max(_EPOCHS * count, _LEAST_SAMPLES), max(_MOST_SAMPLES, count))
-    steps = -(-samples // batch)
+    steps = max(Length.parse(of_user.get("duration", samples)).steps(count, batch), 1)
     settings["train"] = {"global_batch_size": batch, "duration": f"{steps} steps"}
     reasons["train.global_batch_size"] = f"32 batches in an epoch of {count} images, but 32 to 256 images each; {_OURS}"
     reasons["train.duration"] = f"{samples / count:.3g} epochs: {_EPOCHS}, but 20 thousand to 2 million samples; {_OURS}"
-    if weights.parameters > _SMALL and batch > 8:
+    if weights.parameters > _SMALL and batch > 8 and batch % 8 == 0:
         settings["train"]["micro_batch_size"] = batch // 8
         reasons["train.micro_batch_size"] = f"memory, and up to eight ranks give the same run; {_OURS}"
     warm = max(steps // 10, 1)
-    settings["method"] = _method(weights, images, settings["train"].get("micro_batch_size"), warm, reasons)
+    micro = of_user.get("micro_batch_size", settings["train"].get("micro_batch_size"))
+    settings["method"] = _method(weights, images, micro, warm, _section(_section(own, "method"), "views"), reasons)
     freeze = 0 if weights.method is not None else warm
     settings["adapt"] = _adapt(weights, train, settings["method"], reasons)
     if freeze:
@@ -151,8 +156,15 @@ def _batch(count: int) -> int:
     return min(max(1 << (max(count // 32, 1).bit_length() - 1), 32), 256)
 
 
-def _method(weights: Described, images: Images, micro: int | None, warm: int, reasons: dict[str, str]) -> dict[str, Any]:
-    """DINOv2's settings: those of the weights' own run, or of a new head."""
+def _section(settings: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:
+    found = (settings or {}).get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _method(
+    weights: Described, images: Images, micro: int | None, warm: int, views: Mapping[str, Any], reasons: dict[str, str]
+) -> dict[str, Any]:
+    """DINOv2's settings: those of the weights' own run, or of a new head; ``views`` are the user's own."""
     if weights.method is not None:
         own = weights.method.model_dump(mode="json", exclude_defaults=True)
         own |= {"name": "dinov2", "freeze_last_layer": f"{warm} steps"}
@@ -160,7 +172,9 @@ def _method(weights: Described, images: Images, micro: int | None, warm: int, re
         return own
     patch, native = _patch_of(weights), shortest_side(weights.architecture.image_size)
     side = max(min(native, _LARGEST_VIEW) // patch, 2) * patch
-    local = max(round(side * 3 / 7 / patch), 1) * patch
+    size = views.get("global_size", side)
+    seen = size if isinstance(size, int) else shortest_side(tuple(size))
+    local = max(round(seen * 3 / 7 / patch), 1) * patch
     reasons["method.views.global_size"] += f", at most {_LARGEST_VIEW}" if native > side else ""
     reasons["method.views.local_size"] = f"three sevenths of it, as 96 or 98 of 224 ({_PAPER}, table 17)"
     reasons["method.views.local_count"] = f"half of the paper's eight, for time; {_OURS}"

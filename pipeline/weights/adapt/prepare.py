@@ -89,7 +89,14 @@ def prepare(
     source = absolute(weights, "name")
     name = directory.resolve().name.lstrip("._-+") or "adapted"
     plan = make_plan(
-        described, images, name=name, directory=os.path.abspath(directory), source=source, train=train, guides=guides
+        described,
+        images,
+        name=name,
+        directory=os.path.abspath(directory),
+        source=source,
+        train=train,
+        guides=guides,
+        own=unwrap(overriding),
     )
     tree = grown(plan.settings, "chosen")
     merge(tree, overriding)

@@ -77,6 +77,33 @@ def test_the_config_is_an_ordinary_one_and_explains_each_choice(shards: Path, we
     assert any("fovea adapt" in line and "--config-only" in line for line in header)
 
 
+@pytest.mark.parametrize(
+    ("settings", "warm", "every"),
+    [
+        (["train.duration=40 steps"], 4, 8),
+        (["train.duration=1300 samples"], 4, 8),  # in batches of 32
+        (["train.duration=3 epochs", "train.global_batch_size=13"], 3, 6),
+        (["train.duration=1 steps", "adapt.freeze_backbone=0 steps", "schedule.lr.warmup=0"], 1, 1),
+    ],
+)
+def test_what_is_chosen_follows_the_length_of_the_command_line(
+    settings: list[str], warm: int, every: int, shards: Path, weights: Path, tmp_path: Path
+) -> None:
+    words = ["adapt", str(shards), "--from", str(weights), "--to", "run", "--config-only", *settings]
+    assert fovea(*words, "adapt.lora.rank=4") == 0
+    config = load(tmp_path / "run" / "adapt.yaml").config
+    assert str(config.checkpoint.every) == f"{every} steps"
+    if "steps" in str(config.schedule.lr.warmup):
+        assert str(config.schedule.lr.warmup) == str(config.adapt.freeze_backbone) == f"{warm} steps"
+
+
+def test_what_is_chosen_follows_the_views_of_the_command_line(shards: Path, weights: Path, tmp_path: Path) -> None:
+    words = ["adapt", str(shards), "--from", str(weights), "--to", "run", "--config-only"]
+    assert fovea(*words, "method.views.global_size=56") == 0
+    views = load(tmp_path / "run" / "adapt.yaml").config.method.views
+    assert (views.global_size, getattr(views, "local_size")) == (56, 24)  # noqa: B009 - of DINOv2's views only
+
+
 def test_the_default_folder_has_the_name_of_the_weights(shards: Path, weights: Path, tmp_path: Path) -> None:
     assert fovea("adapt", str(shards), "--from", str(weights), "--config-only") == 0
     assert load(tmp_path / "runs" / "adapt-dinov2_tiny" / "adapt.yaml").config.run.name == "adapt-dinov2_tiny"
