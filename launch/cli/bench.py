@@ -398,7 +398,7 @@ Benchmark = tuple[str, Callable[..., None], dict[str, Any], dict[str, Any]]  # n
 
 
 def benchmarks() -> list[Benchmark]:
-    """The benchmarks of ``all``: all but those of bench_methods.py and bench_peers.py."""
+    """The benchmarks of ``all``: all but those of bench_methods.py and bench_learning.py."""
     tiny = {"model": VitSize.TINY, "batch": 2, "side": 32, "prototypes": 64}
     large = {"model": VitSize.SMALL, "batch": 16, "side": 224, "prototypes": 65536}
     return [

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from launch.cli import adapt, embed, replay, shards
 from launch.cli import slurm as cluster
-from launch.cli.bench_peers import app as bench
+from launch.cli.bench_learning import app as bench
 from launch.cli.checkpoint import app as checkpoint
 from launch.cli.choices import Device, ExportFormat, Method, Network, local_only, output_stem, size_option
 from launch.cli.config import app as config

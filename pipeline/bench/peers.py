@@ -1,7 +1,7 @@
 """fovea beside lightly: the same network, views, rates, batches and samples, compared by k-NN during training and by CPU time.
 
 The peer is a plain loop of lightly's modules (:mod:`pipeline.bench.peer_probe`) on a folder of the same images. Learning is
-compared over seeds; time by the difference between two lengths of run without evaluation, so that starts and imports do not count.
+compared over seeds; time by the difference between two lengths of run without evaluation, so that starts do not count.
 """
 
 from __future__ import annotations

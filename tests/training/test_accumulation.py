@@ -147,6 +147,23 @@ def test_micro_batches_that_do_not_know_of_each_other_are_another_thing() -> Non
     assert difference(found, whole("sinkhorn_knopp"), "gradients") > 1e-2
 
 
+@pytest.mark.parametrize(("world", "zero"), [(1, 0), pytest.param(2, 3, marks=pytest.mark.slow)])
+def test_targets_of_each_micro_batch_alone_are_those_of_batches_that_do_not_know_of_each_other(world: int, zero: int) -> None:
+    found = result(world, zero, 4 // world, target_batch="micro")
+    if world == 1:
+        expected = result(1, 0, 4, unprepared=True, centering="sinkhorn_knopp")
+        assert difference(found, expected, "terms") == difference(found, expected, "gradients") == 0
+    assert difference(found, whole("sinkhorn_knopp"), "gradients") > 1e-2
+    assert make_method(target_batch="micro").couples_batch and not make_method().couples_batch
+    one = result(1, 0, 1, target_batch="micro")
+    assert difference(one, whole("sinkhorn_knopp"), "gradients") == 0
+
+
+def test_a_running_centre_has_no_targets_of_a_micro_batch() -> None:
+    with pytest.raises(ValueError, match="target_batch: micro needs centering"):
+        Dinov2Settings(target_batch="micro", centering="softmax_center")
+
+
 def test_neighbours_within_a_micro_batch_depend_on_its_size() -> None:
     found, expected = (result(1, 0, cut, koleo_group_size=None) for cut in (4, 1))
     assert difference(found, expected, "terms") > 1e-3

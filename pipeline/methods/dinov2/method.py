@@ -64,7 +64,7 @@ class DINOv2(Method):
         self.settings = settings
         self.couples_batch = (
             settings.koleo_weight > 0 and settings.koleo_group_size is None
-        )  # all other terms are exact under accumulation, see before_accumulation
+        ) or settings.target_batch == "micro"  # all other terms are exact under accumulation, see before_accumulation
         self.views = dinov2_views(settings, patch=backbone.patch)
         self._sets = tuple(ViewSet(dinov2_views(settings.at(r), patch=backbone.patch), r.weight) for r in settings.resolutions)
         self.backbone = backbone
@@ -106,6 +106,12 @@ class DINOv2(Method):
     def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:
         """Runs the teacher on all micro-batches, then computes the potentials that turn its logits into targets."""
         self._clear_step_state()
+        if self.settings.target_batch == "global":
+            self._prepare(batches, step)
+
+    @torch.no_grad()
+    def _prepare(self, batches: Sequence[Batch], step: Step) -> None:
+        """Targets of the micro-batches, which are determined together."""
         backbone, *heads = self.target_networks().values()
         dino_head, ibot_head = cast(PrototypeHead, heads[0]), cast(PrototypeHead, heads[-1])  # the same head if shared
         features, cls, patches = [], [], []
@@ -129,7 +135,9 @@ class DINOv2(Method):
     def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Loss terms ``dino_local``, ``dino_global``, ``ibot`` and ``koleo``; with a Gram anchor also ``gram``."""
         if not self._pending_targets or self._pending_targets[0].batch is not batch:
-            self.before_accumulation([batch], step)
+            if self.settings.target_batch == "global":
+                self._clear_step_state()
+            self._prepare([batch], step)
         s, targets, masks = self.settings, self._pending_targets.popleft(), batch.masks["global"]
         global_crops = torch.cat(batch.views["global"])  # [2 * batch, 3, height, width]
         global_tokens = self.backbone(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from typing_extensions import override
 
 from pipeline.config.types import (
@@ -120,6 +120,11 @@ class Dinov2Settings(MethodSettings):
     )
     sinkhorn_iterations: int = Field(default=3, ge=1, le=100, description="Sinkhorn-Knopp iterations")
     center_momentum: Probability = Field(default=0.9, description="EMA momentum of the centre, with softmax_center")
+    target_batch: Literal["global", "micro"] = Field(
+        default="global",
+        description="samples that determine Sinkhorn-Knopp's targets together: the global batch, however it is split, or each "
+        "micro-batch alone (over all ranks), as where accumulation is naive; micro is for comparisons",
+    )
     prototype_chunk_size: Count | None = Field(
         default=None,
         description="rows of prototype logits in memory at a time; null means as many as fit in 128 MiB, or 256 MiB where "
@@ -150,6 +155,12 @@ class Dinov2Settings(MethodSettings):
     def anchors(self) -> dict[str, str | None]:
         """Source of the Gram anchor's weights, if the loss uses one."""
         return {"gram": self.gram_weights} if self.gram_weight else {}
+
+    @model_validator(mode="after")
+    def _check_targets(self) -> Self:
+        if self.target_batch == "micro" and self.centering != "sinkhorn_knopp":
+            raise ValueError("target_batch: micro needs centering: sinkhorn_knopp; a running centre is the global batch's")
+        return self
 
     @property
     def last_layer_freeze(self) -> Length:

@@ -157,8 +157,8 @@ def _batch(count: int) -> int:
 
 
 def _section(settings: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:
-    found = (settings or {}).get(name)
-    return found if isinstance(found, dict) else {}
+    section = (settings or {}).get(name)
+    return section if isinstance(section, dict) else {}
 
 
 def _method(

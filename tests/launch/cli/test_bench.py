@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from launch.cli.bench import benchmarks
-from launch.cli.bench_peers import app
+from launch.cli.bench_learning import app
 from pipeline.bench import dense_features
 from tests.helpers.runs import ROOT, environment
 
@@ -46,6 +46,7 @@ def test_all_benchmarks_run_at_minimal_size_and_each_keeps_its_page(tmp_path: Pa
         "dense_features",
         "peers",
         "readme",
+        "small_batches",
         "snapshots",
     }
 
