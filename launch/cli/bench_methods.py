@@ -139,6 +139,9 @@ def adaptation(
     shifts: Annotated[
         list[SceneShift] | None, typer.Argument(metavar="[SHIFT]...", help="New domains; by default all three.")
     ] = None,
+    ways: Annotated[
+        list[str] | None, typer.Option("--way", help="How networks are trained; by default in all ways. May be repeated.")
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs per way of training, with seeds from 0.")] = 5,
     samples: Samples = 20_000,
     images: Annotated[int, typer.Option(min=128, help="Training images of a domain.")] = 2000,
@@ -156,11 +159,15 @@ def adaptation(
 
     fovea bench adaptation microscope --seeds 1
     """
-    from pipeline.bench.adaptation import line, markdown, measure
+    from pipeline.bench.adaptation import ALL_WAYS, line, markdown, measure
 
+    for way in ways or ():
+        if way not in ALL_WAYS:
+            raise ConfigError(f"there is no way {way!r}", where="--way", hint=f"Choose one of {', '.join(ALL_WAYS)}")
     chosen: Any = [shift.value for shift in shifts or SceneShift if shift != SceneShift.NONE]
-    runs = measure(chosen, seeds=range(seeds), samples=samples, images=images, ranks=ranks, directory=directory.absolute())
-    collect("adaptation", out, runs, line, markdown, "runs", samples=samples, images=images)
+    sizes = {"samples": samples, "images": images, "ranks": ranks}
+    runs = measure(chosen, seeds=range(seeds), directory=directory.absolute(), ways=ways or ALL_WAYS, **sizes)
+    collect("adaptation-cpu", out, runs, line, markdown, "runs", samples=samples, images=images)
 
 
 @app.command()

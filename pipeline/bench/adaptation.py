@@ -26,6 +26,7 @@ WAYS: dict[str, tuple[str, ...]] = {
     "adapters of rank 4": ("adapt={train: lora, lora: {rank: 4, alpha: 8.0}}",),
 }
 NOTHING = "from nothing"
+ALL_WAYS = (*WAYS, NOTHING)
 _PRETRAINED = 27_000  # samples
 _PRETRAIN_SEED, _DATA_SEED = 0, 1
 _K = "knn/k20"
@@ -58,9 +59,16 @@ class AdaptationResult:
 
 
 def measure(
-    shifts: Sequence[Shift], *, seeds: Sequence[int], samples: int, images: int, ranks: int, directory: Path
+    shifts: Sequence[Shift],
+    *,
+    seeds: Sequence[int],
+    samples: int,
+    images: int,
+    ranks: int,
+    directory: Path,
+    ways: Sequence[str] = ALL_WAYS,
 ) -> Iterator[AdaptationResult]:
-    """Pretrain, then run every way with every seed in every domain; runs that have ended are not repeated.
+    """Pretrain, then train in every way in every domain, seed by seed; runs that have ended are not repeated.
 
     Args:
         shifts: the new domains.
@@ -69,6 +77,7 @@ def measure(
         images: training images of each domain.
         ranks: ranks of each run.
         directory: where runs and shards are written.
+        ways: names, of :data:`ALL_WAYS`.
     """
     write(directory / "scenes", train=8000, val=1000)
     start = directory / "start"
@@ -84,8 +93,9 @@ def measure(
     write(directory / "none", train=images, val=1000, seed=_DATA_SEED)
     for shift in shifts:
         write(directory / shift, train=images, val=1000, seed=_DATA_SEED, shift=shift)
-        for seed in seeds:
-            for way in (*WAYS, NOTHING):
+    for seed in seeds:
+        for shift in shifts:
+            for way in ways:
                 folder = directory / f"{shift}-{way.replace(' ', '_')}-{seed}"
                 try:
                     yield _one(shift, way, seed, folder, start, directory, samples, ranks)

@@ -22,6 +22,7 @@ VERSION = 2
 
 _NOISE = 0x5CE3  # identifies the random draws
 _TURN = np.array([[0.25, 0.85, -0.1], [-0.15, 0.2, 0.95], [0.9, -0.1, 0.2]], dtype=np.float32)  # of red, green and blue
+_FINER = np.float32(2)  # periods of another weave, relative to the scenes' own
 _BLUR = (0.25, 0.5, 0.25)
 _GRAIN = 0.03  # maximum standard deviation of the microscope's noise, of 1
 # How much of red, green and blue passes where each of two stains, violet and pink, is thickest; and how much of a stain
@@ -67,7 +68,7 @@ def _blurred(plane: Plane) -> Plane:
 
 def other_weave(texture: str, x: Plane, y: Plane, u: float) -> Plane:
     """Another family of textures, one for each of the scenes' own: positive in one colour and negative in the other."""
-    offset = np.float32(u)
+    offset, x, y = np.float32(u), x * _FINER, y * _FINER
     if texture == "striped":  # broken stripes
         return np.minimum(_triangle(x + offset), _triangle(y * np.float32(0.5) + offset) + np.float32(0.25))
     if texture == "ringed":  # rays
