@@ -23,12 +23,12 @@ VERSION = 2
 _NOISE = 0x5CE3  # identifies the random draws
 _TURN = np.array([[0.25, 0.85, -0.1], [-0.15, 0.2, 0.95], [0.9, -0.1, 0.2]], dtype=np.float32)  # of red, green and blue
 _FINER = np.float32(2)  # periods of another weave, relative to the scenes' own
-_BLUR = (0.25, 0.5, 0.25)
-_GRAIN = 0.03  # maximum standard deviation of the microscope's noise, of 1
+_BLUR = (0.1, 0.8, 0.1)
+_GRAIN = 0.02  # maximum standard deviation of the microscope's noise, of 1
 # How much of red, green and blue passes where each of two stains, violet and pink, is thickest; and how much of a stain
 # darkness and redness of the original image bind.
-_STAINS = np.array([[0.2, 0.1, 0.5], [0.95, 0.45, 0.6]], dtype=np.float32)
-_BINDS = np.array([[-0.6, -1.2, -0.2], [1.5, -1.5, 0.3]], dtype=np.float32)
+_STAINS = np.array([[0.2, 0.1, 0.6], [1.0, 0.3, 0.4]], dtype=np.float32)
+_BINDS = np.array([[-0.6, -1.2, -0.2], [2.0, -2.0, 0.5]], dtype=np.float32)
 _OFFSETS = np.array([1.4, 0.2], dtype=np.float32)
 
 
