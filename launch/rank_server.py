@@ -38,7 +38,6 @@ _IMPORTED = (
     "pipeline.evaluation.runner",
     "pipeline.data.augment.dali",
     "pipeline.data.augment.decode",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # what the first engine imports
 )
 LENGTH = struct.Struct("=I")
 

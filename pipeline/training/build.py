@@ -172,8 +172,7 @@ def assemble(
     """Build everything one rank needs and load the checkpoint ``resume``, if given; samples in ``excluded`` are substituted.
 
     ``snapshots`` is the folder of this node in host memory, ``nodes`` this rank's place among several nodes. Without a folder, or
-    in the ``last_start``, no snapshots are taken, since nothing would continue from them. In ``startup`` the ends of the phases are
-    marked.
+    in the ``last_start``, no snapshots are taken, since nothing would continue from them. ``startup`` takes its marks.
 
     Raises:
         CheckpointError: the checkpoint does not fit this run.
