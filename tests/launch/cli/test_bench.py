@@ -46,6 +46,7 @@ def test_all_benchmarks_run_at_minimal_size_and_each_keeps_its_page(tmp_path: Pa
         "dense_features",
         "readme",
         "snapshots",
+        "startup",
     }
 
 
