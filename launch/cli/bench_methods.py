@@ -58,6 +58,7 @@ def startup(
         Path | None, typer.Option(help="Checkout of an earlier version to measure in turns.", exists=True, file_okay=False)
     ] = None,
     before_ranks: Annotated[list[int] | None, typer.Option(min=1, help="Numbers of ranks for that; by default all.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.1, help="Begin no further start after so many minutes.")] = None,
     s3: Annotated[bool, typer.Option(help="Count requests to a real S3 server (moto), in a checkout.")] = True,
     smoke: Annotated[bool, typer.Option("--smoke", help="Two shards, as a smoke test.")] = False,
     out: Out = None,
@@ -79,6 +80,7 @@ def startup(
         ranks=numbers,
         before=before and before.resolve(),
         before_ranks=tuple(before_ranks or numbers),
+        minutes=minutes,
         s3_shards=options.s3_shards if s3 else (),
     )
 

@@ -7,10 +7,12 @@ earlier checkout, in turns. What a start asks of an S3 server is counted by :mod
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -44,6 +46,7 @@ class Options:
         before_ranks: numbers of ranks of the earlier version.
         s3_shards: numbers of shards in the bucket.
         limit: seconds for one start.
+        minutes: no further start is begun after so many minutes; ``None`` for no such limit.
     """
 
     shards: tuple[int, ...] = (1, 100, 1000)
@@ -53,6 +56,7 @@ class Options:
     before_ranks: tuple[int, ...] = (1, 2, 4, 8)
     s3_shards: tuple[int, ...] = (4, 64, 128)
     limit: float = 900.0
+    minutes: float | None = None
 
     @classmethod
     def smoke(cls) -> Options:
@@ -99,7 +103,7 @@ def measure(options: Options, *, log: Callable[[str], None], keep: Callable[[Res
     Args:
         options: the sizes.
         log: called with a line after each start.
-        keep: called with what there is so far after each number of shards of a round.
+        keep: called with what there is so far after each start.
 
     Raises:
         ConfigError: a start failed or did not end in time, or the earlier version is no checkout.
@@ -108,7 +112,9 @@ def measure(options: Options, *, log: Callable[[str], None], keep: Callable[[Res
         raise ConfigError(
             "is not a checkout of fovea", where=str(options.before), hint="Give a folder made by `git worktree add`"
         )
-    result = Result()
+    result, end = Result(), time.monotonic() + 60 * (options.minutes or math.inf)
+    if options.s3_shards:
+        result.s3, result.no_s3 = measure_s3(options.s3_shards, limit=options.limit, log=log)
     versions = {"now": ROOT, **({"before": options.before} if options.before else {})}
     with tempfile.TemporaryDirectory(prefix="fovea-startup-") as name:
         folder = Path(name)
@@ -124,15 +130,13 @@ def measure(options: Options, *, log: Callable[[str], None], keep: Callable[[Res
                 )
                 for ranks, indexed in kinds:
                     for version in order:
-                        if version == "before" and indexed and ranks not in options.before_ranks:
+                        if time.monotonic() > end or (version, indexed) == ("before", True) and ranks not in options.before_ranks:
                             continue
                         start = _start_of(result, version, shards, ranks, indexed)
                         root = versions[version]
                         _measure(start, root, data, folder / f"{version}-index-{shards}", folder / "run", options.limit)
                         log(f"{version:6} {shards} shards, {ranks} ranks, {_index(indexed)}: {_line(start)}")
-                keep(result)
-    if options.s3_shards:
-        result.s3, result.no_s3 = measure_s3(options.s3_shards, limit=options.limit, log=log)
+                        keep(result)
     return result
 
 
