@@ -21,16 +21,15 @@ from typing import Any
 import yaml
 
 from pipeline.bench.probes import run_probe
+from pipeline.bench.startup_runs import SAMPLES, settings, write_shards
 from pipeline.bench.startup_s3 import Counts
 from pipeline.bench.startup_s3 import markdown as s3_markdown
 from pipeline.bench.startup_s3 import measure as measure_s3
-from pipeline.data.pack import synthetic
 from pipeline.errors import ConfigError
 from pipeline.runtime.interpreter import ROOT
 from pipeline.runtime.startup_phases import FILE
 
 _PROBE = Path(__file__).with_name("startup_probe.py")
-_SAMPLES = 24  # of a shard
 _WHERE = "bench startup"
 
 
@@ -130,7 +129,8 @@ def measure(options: Options, *, log: Callable[[str], None], keep: Callable[[Res
                 )
                 for ranks, indexed in kinds:
                     for version in order:
-                        if time.monotonic() > end or (version, indexed) == ("before", True) and ranks not in options.before_ranks:
+                        left_out = version == "before" and indexed and ranks not in options.before_ranks
+                        if left_out or time.monotonic() > end:
                             continue
                         start = _start_of(result, version, shards, ranks, indexed)
                         root = versions[version]
@@ -138,45 +138,6 @@ def measure(options: Options, *, log: Callable[[str], None], keep: Callable[[Res
                         log(f"{version:6} {shards} shards, {ranks} ranks, {_index(indexed)}: {_line(start)}")
                         keep(result)
     return result
-
-
-def write_shards(folder: Path, count: int) -> Path:
-    """Writes a set of so many small shards, unless it is there; all have the same bytes.
-
-    Returns:
-        Its folder.
-    """
-    data, one = folder / f"shards-{count}", folder / "one"
-    if not one.exists():
-        synthetic.write(one, train=_SAMPLES, val=1, size=32, seed=0, samples_per_shard=_SAMPLES)
-    content = next(one.glob("*train-*.tar")).read_bytes()
-    if not data.exists():
-        data.mkdir()
-        for number in range(count):
-            (data / f"train-{number:05d}.tar").write_bytes(content)
-    return data
-
-
-def settings(root: Path, shards: str, ranks: int, index: Path, run: Path) -> dict[str, Any]:
-    """The settings of a run of two steps, with the keys of a checkout."""
-    old = (root / "pipeline" / "settings.py").exists()  # before the keys were renamed
-    sizes = (
-        {"width": 32, "depth": 1, "heads": 2, "patch": 8}
-        if old
-        else {**{"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 8}}
-    )
-    train = {"global_batch": 16, "length": "2 steps"} if old else {"global_batch_size": 16, "duration": "2 steps"}
-    method = {"name": "simclr", "views": {"global_size": 32}, "head_hidden": 32, "head_out": 16}
-    return {
-        "run": {"name": "startup", "directory": str(run), "seed": 0},
-        "recipe" if old else "method": method,
-        "model": sizes,
-        "data": {"shards": shards, "index": str(index), "workers" if old else "num_workers": 0},
-        "train": {**train, "precision": "fp32", "log_every": 1, "threads": 1},
-        "checkpoint": {"every": "2 steps"},
-        "tracking": {"enabled": False},
-        "launch": {"ranks" if old else "num_processes": ranks, "backend": "gloo"},
-    }
 
 
 def _start_of(result: Result, version: str, shards: int, ranks: int, indexed: bool) -> Start:
@@ -225,7 +186,7 @@ def markdown(result: Result, options: Options, machine: Mapping[str, str], comma
     """Render the page: costs by shards and ranks, the phases, and the requests."""
     lines = ["# The start of a run", "", f"`{command}`", "", *(f"- {name}: {value}" for name, value in machine.items()), ""]
     lines += [
-        f"From the command `fovea train` to the end of the first step of a tiny SimCLR model; shards of {_SAMPLES} samples. CPU "
+        f"From the command `fovea train` to the end of the first step of a tiny SimCLR model; shards of {SAMPLES} samples. CPU "
         f"seconds are those of all processes. The smallest of {options.rounds} round{'s' if options.rounds > 1 else ''}; where "
         "other work runs beside, wall seconds say more about it than about fovea.",
         "",

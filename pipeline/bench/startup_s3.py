@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from pipeline.bench.probes import run_probe
+from pipeline.bench.startup_runs import settings, write_shards
 from pipeline.errors import ConfigError
 from pipeline.runtime.interpreter import ROOT
 
@@ -82,8 +83,6 @@ def measure(sizes: Sequence[int], *, limit: float, log: Callable[[str], None]) -
 
 
 def _starts(s3: Any, port: int, folder: Path, shards: int, ranks: int, limit: float, log: Callable[[str], None]) -> list[Counts]:
-    from pipeline.bench.startup import write_shards
-
     files = sorted(write_shards(folder, shards).glob("*.tar"))
     s3.upload(port, _BUCKET, {f"{folder.name}/{path.name}": path for path in files})
     held = sum(path.stat().st_size for path in files)
@@ -108,8 +107,6 @@ def _starts(s3: Any, port: int, folder: Path, shards: int, ranks: int, limit: fl
 
 
 def _train(folder: Path, run: str, steps: int, shards: int, ranks: int, variables: dict[str, str], limit: float) -> None:
-    from pipeline.bench.startup import settings
-
     document = settings(ROOT, f"s3://{_BUCKET}/{folder.name}/train-*.tar", ranks, folder / "index", folder / run)
     document["train"]["duration"] = f"{steps} steps"
     document["data"]["storage"] = {"cache": str(folder / "cache")}

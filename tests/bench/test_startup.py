@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.bench import startup
-from pipeline.bench.startup import Options, Result, Start, markdown, measure, settings, write_shards
+from pipeline.bench.startup import Options, Result, Start, markdown, measure
+from pipeline.bench.startup_runs import settings, write_shards
 from pipeline.bench.startup_s3 import Counts
 from pipeline.errors import ConfigError
 from pipeline.runtime.interpreter import ROOT
