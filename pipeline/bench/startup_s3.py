@@ -88,15 +88,15 @@ def _starts(s3: Any, port: int, folder: Path, shards: int, ranks: int, limit: fl
     held = sum(path.stat().st_size for path in files)
     counts = []
     with s3.proxy(port) as proxy:
-        for start, run, steps in (
-            ("first, without an index", "a", 2),
-            ("second, on another node, with the index", "b", 2),
-            ("resume", "b", 4),
+        for start, run, pause in (
+            ("first, without an index", "a", True),
+            ("second, on another node, with the index", "b", True),
+            ("resume", "b", False),
         ):
             proxy.seen, proxy.sent = Counter(), Counter()
             if start != "resume":
                 shutil.rmtree(folder / "cache", ignore_errors=True)
-            _train(folder, run, steps, shards, ranks, {**s3.KEYS, "AWS_ENDPOINT_URL": proxy.endpoint}, limit)
+            _train(folder, run, pause, shards, ranks, {**s3.KEYS, "AWS_ENDPOINT_URL": proxy.endpoint}, limit)
             total = {method: proxy.total(method) for method in ("HEAD", "GET", "PUT")}
             lists = sum(n for name, n in proxy.seen.items() if name.rstrip("/") == f"GET /{_BUCKET}")
             read = sum(n for name, n in proxy.sent.items() if name.startswith("GET ") and name.endswith(".tar"))
@@ -106,9 +106,9 @@ def _starts(s3: Any, port: int, folder: Path, shards: int, ranks: int, limit: fl
     return counts
 
 
-def _train(folder: Path, run: str, steps: int, shards: int, ranks: int, variables: dict[str, str], limit: float) -> None:
+def _train(folder: Path, run: str, pause: bool, shards: int, ranks: int, variables: dict[str, str], limit: float) -> None:
     document = settings(ROOT, f"s3://{_BUCKET}/{folder.name}/train-*.tar", ranks, folder / "index", folder / run)
-    document["train"]["duration"] = f"{steps} steps"
+    document["train"] |= {"duration": "4 steps", **({"pause_at": "2 steps"} if pause else {})}
     document["data"]["storage"] = {"cache": str(folder / "cache")}
     config = folder / "startup.yaml"
     config.write_text(yaml.safe_dump(document))
