@@ -22,7 +22,8 @@ def main() -> int:
     """Run the command; print what its start cost."""
     options = json.loads(sys.argv[1])
     environment = {**os.environ, **options["environment"]}
-    own, begin, result = cpu_seconds(), time.monotonic(), {}
+    result: dict[str, float] = {}
+    own, begin = cpu_seconds(), time.monotonic()
     with tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(
             options["command"],

@@ -13,7 +13,6 @@ In either case it is updated locally, from the student's piece on the same rank.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 import os
 import sys
@@ -58,8 +57,8 @@ if _tracker is None:
 # Each engine imports DeepSpeed's Muon, whose decorators would load torch's compiler: a CPU second of each start, for an optimizer
 # that fovea does not have.
 _compile, compiler.compile = compiler.compile, lambda: lambda function: function
-with contextlib.suppress(ImportError):
-    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402
+
 compiler.compile = _compile
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
