@@ -54,8 +54,7 @@ from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS  # noqa: E402
 if _tracker is None:
     del sys.modules["mlflow"]
 
-# Each engine imports DeepSpeed's Muon, whose decorators would load torch's compiler: a CPU second of each start, for an optimizer
-# that fovea does not have.
+# Each engine imports DeepSpeed's Muon, unused here, whose decorators would load torch's compiler: a CPU second of each start.
 _compile, compiler.compile = compiler.compile, lambda: lambda function: function
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402
 
