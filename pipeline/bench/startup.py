@@ -193,6 +193,11 @@ def markdown(result: Result, options: Options, machine: Mapping[str, str], comma
     ]
     if options.before:
         lines += ["*Before* is an earlier checkout, measured in the same run, in turns.", ""]
+    if options.minutes is not None:
+        lines += [
+            f"No start was begun after {options.minutes:g} minutes: sizes of the command that have no row were not measured.",
+            "",
+        ]
     lines += _costs([start for start in result.starts if start.index], "With a finished index", bool(options.before))
     lines += _costs([start for start in result.starts if not start.index], "Without an index", bool(options.before))
     lines += _phases([start for start in result.starts if start.index and start.phases])
@@ -249,4 +254,4 @@ def _spans(marks: Iterable[Mapping[str, Any]]) -> Iterable[tuple[tuple[str, str]
 
 def document(result: Result, options: Options) -> dict[str, Any]:
     """All figures, for the JSON file."""
-    return {**asdict(result), "rounds": options.rounds}
+    return {**asdict(result), "rounds": options.rounds, "minutes": options.minutes}

@@ -57,6 +57,8 @@ def test_the_page_compares_both_versions_and_shows_where_the_start_goes() -> Non
     assert "| 100 | 8 | not measured | 15.0 | not measured | 30.0 |" in text
     assert "| 100 | 2 | 2.0 (1.00) | 7.0 (0.00) | 1.0 (0.25) |" in text
     assert "| 4 | 2 | resume | 4 | 0 | 1 | 0 | 0.00 MB | 0.00 x |" in text
+    assert "No start was begun" not in text
+    assert "No start was begun after 5 minutes" in markdown(Result(), Options(minutes=5.0), {}, "c")
     assert "Not counted: moto is not installed" in markdown(Result(starts, [], "moto is not installed"), Options(), {}, "c")
 
 
