@@ -35,6 +35,7 @@ from pipeline.runtime import job_record as record
 from pipeline.runtime.compile_cache import use_compile_cache
 from pipeline.runtime.interpreter import end_process
 from pipeline.runtime.run_directory import RunDirectory
+from pipeline.runtime.startup_phases import StartupPhases
 from pipeline.runtime.versions import fovea_version
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class RankContext:
         alone: no launcher of ours records the attempt's end.
         snapshots: this node's folder in host memory for snapshots, if any are taken or read.
         nodes: this rank's position among several nodes, if they keep snapshots.
+        startup: when the phases of the start have ended.
     """
 
     config: Config
@@ -79,6 +81,7 @@ class RankContext:
     alone: bool
     snapshots: Path | None
     nodes: NodePlace | None
+    startup: StartupPhases
 
 
 def be_rank(config: Config, here: RankEnvironment) -> int:
@@ -159,6 +162,7 @@ def train(
         The exit code. Errors after the rendezvous have already been reported.
     """
     begin = time.time()
+    startup = StartupPhases.of_rank(os.environ)
     outlive_terminal()
     os.environ.setdefault("USER", user_name())  # torch and others need it, and fail if the user ID has no name
     os.environ.setdefault("OMP_NUM_THREADS", str(config.train.threads or 1))
@@ -180,6 +184,7 @@ def train(
     if here.source != "torchrun" or attempt is not None:
         torch.set_num_threads(config.train.threads or int(os.environ["OMP_NUM_THREADS"]))
     run = RunDirectory(config.run.folder)
+    startup.mark("imports")
     try:
         world = distributed.join(
             rank=here.rank,
@@ -197,6 +202,7 @@ def train(
             own = {"rank": here.rank, "what": str(error), "code": error.exit_code, "step": 0, **failure_fields(error)}
             claims.claim(run.logs(attempt), own)
         raise
+    startup.mark("rendezvous")
     snapshots, nodes = host_memory.of_this_node(os.environ), None
     chosen = [attempt, str(checkpoint.path) if checkpoint else None]
     if inputs is not None:  # no launcher of ours has chosen
@@ -218,6 +224,7 @@ def train(
             run.note("start", attempt=chosen[0], ranks=world.size, resumed_from=checkpoint.step if checkpoint else None)
     number = int(chosen[0] or 0)
     if world.rank == 0:
+        startup.folder = run.logs(number)
         if inputs is not None and "FOVEA_ATTEMPT" not in os.environ:
             record.clear(run)  # started by hand: earlier requests no longer apply; our own launchers have cleared them
         requests.watch(run.path / "control", number)
@@ -240,7 +247,19 @@ def train(
         act = body or _train
         act(
             RankContext(
-                config, world, run, number, checkpoint, inputs, requests, watchdog, begin, attempt is None, snapshots, nodes
+                config,
+                world,
+                run,
+                number,
+                checkpoint,
+                inputs,
+                requests,
+                watchdog,
+                begin,
+                attempt is None,
+                snapshots,
+                nodes,
+                startup,
             )
         )
     except Exception as error:
@@ -307,7 +326,9 @@ def _train(rank: RankContext) -> None:
         )
         for tracker in trackers:
             tracker.start()
+    rank.startup.mark("journal")
     inputs = agreed_inputs(config, world, rank.inputs)
+    rank.startup.mark("data agreed")
     if journal is not None:
         journal.tags({"fovea.data": inputs.train.fingerprint, "fovea.data_samples": inputs.train.total})
     mirror = copies_of(config)
@@ -340,6 +361,7 @@ def _train(rank: RankContext) -> None:
         snapshots=rank.snapshots,
         last_start=host_memory.LAST_START in os.environ,
         nodes=rank.nodes,
+        startup=rank.startup,
     )
     if world.rank == 0:
         total, batch = trainer.plan.steps, config.train.global_batch_size

@@ -50,7 +50,7 @@ GROUND = {"pipeline.masking", "pipeline.errors", "pipeline.untrusted", "pipeline
 # Where a part of the outside world may be imported at all.
 ONLY_IN = {
     "deepspeed": ("pipeline/training/engine.py",),
-    "nvidia.dali": ("pipeline/data/augment/dali.py", "pipeline/bench/"),
+    "nvidia.dali": ("pipeline/data/augment/dali.py", "pipeline/data/augment/dali_hue.py", "pipeline/bench/"),
     "mlflow": ("pipeline/tracking/",),
     "matplotlib": ("pipeline/reports/figures.py",),
     "obstore": ("pipeline/data/storage/",),

@@ -86,12 +86,12 @@ AUGMENTATION = {
     },
     "dali.py": {
         "def _solarize(": """\
-def _posterize(x: Any, inputs: _Inputs, *, posterize_bits: int) -> Any:
-    posterized = inputs.array("posterize", types.BOOL)
-    if posterized:
+def _posterize(inputs: _Inputs, *, posterize_bits: int) -> Change:
+    def posterized(x: Any) -> Any:
         values = [v >> 8 - posterize_bits << 8 - posterize_bits for v in range(256)]
-        x = fn.lookup_table(x, keys=list(range(256)), values=values, dtype=types.UINT8)
-    return x
+        return fn.lookup_table(x, keys=list(range(256)), values=values, dtype=types.UINT8)
+
+    return inputs.array("posterize", types.BOOL), posterized
 
 
 """,

@@ -50,6 +50,48 @@ def large_job(
 
 
 @app.command()
+def startup(
+    shards: Annotated[list[int] | None, typer.Option(min=1, help="Numbers of shards; 1, 100 and 1000 by default.")] = None,
+    ranks: Annotated[list[int] | None, typer.Option(min=1, max=16, help="Numbers of ranks; 1, 2, 4 and 8 by default.")] = None,
+    rounds: Rounds = 2,
+    before: Annotated[
+        Path | None, typer.Option(help="Checkout of an earlier version to measure in turns.", exists=True, file_okay=False)
+    ] = None,
+    before_ranks: Annotated[list[int] | None, typer.Option(min=1, help="Numbers of ranks for that; by default all.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.1, help="Begin no further start after so many minutes.")] = None,
+    s3: Annotated[bool, typer.Option(help="Count requests to a real S3 server (moto), in a checkout.")] = True,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Two shards, as a smoke test.")] = False,
+    out: Out = None,
+) -> None:
+    """Benchmark the start of a run, from the command to its first step, by shards and ranks; count its requests to S3.
+
+    [b]Example[/b]
+
+    fovea bench startup --before ../fovea-0.9
+    """
+    from pipeline.bench.report import write
+    from pipeline.bench.startup import Options, Result, document, markdown, measure
+
+    options = Options.smoke() if smoke else Options(rounds=rounds)
+    numbers = tuple(ranks or options.ranks)
+    options = replace(
+        options,
+        shards=tuple(shards or options.shards),
+        ranks=numbers,
+        before=before and before.resolve(),
+        before_ranks=tuple(before_ranks or numbers),
+        minutes=minutes,
+        s3_shards=options.s3_shards if s3 else (),
+    )
+
+    def keep(result: Result) -> None:
+        write(stem_of("startup-cpu", out), command_line(), partial(markdown, result, options), document(result, options))
+
+    result = measure(options, log=log, keep=keep)
+    save("startup-cpu", out, partial(markdown, result, options), document(result, options))
+
+
+@app.command()
 def methods(
     names: Annotated[
         list[str] | None, typer.Argument(help="Methods; by default all that have a config for synthetic scenes.")

@@ -7,24 +7,34 @@ torch.
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
+import time
 from typing import Any
 
 from launch import host_memory, local
 from launch.forked import RankServer
+from launch.preload import surroundings
 from launch.resume import chosen_again
 from launch.slurm.decide import RESTARTABLE, AttemptResult, Budgets, Decision, decide
 from pipeline.checkpoint.files import Saved
 from pipeline.config.schema import Config
 from pipeline.data.inputs import Inputs
 from pipeline.runtime import job_record as record
-from pipeline.runtime.gpus import gpus
 from pipeline.runtime.interpreter import module_command
 from pipeline.runtime.run_directory import RunDirectory
+from pipeline.runtime.startup_phases import VARIABLE, StartupPhases
 
 
-def attend(config: Config, run: RunDirectory, ranks: int, checkpoint: Saved | None, inputs: Inputs) -> tuple[int, int]:
+def attend(
+    config: Config,
+    run: RunDirectory,
+    ranks: int,
+    checkpoint: Saved | None,
+    inputs: Inputs,
+    *,
+    server: RankServer | None = None,
+    startup: StartupPhases | None = None,
+) -> tuple[int, int]:
     """Start the ranks until the run ends or no restart is left.
 
     Args:
@@ -33,6 +43,8 @@ def attend(config: Config, run: RunDirectory, ranks: int, checkpoint: Saved | No
         ranks: number of ranks.
         checkpoint: the checkpoint to start from, ``None`` to begin.
         inputs: the indexed data.
+        server: forks the ranks; closed by the caller.
+        startup: when the phases before the first start have ended.
 
     Returns:
         Number of the last attempt, and its exit code.
@@ -42,17 +54,11 @@ def attend(config: Config, run: RunDirectory, ranks: int, checkpoint: Saved | No
     """
     left, history = config.launch.restarts, list[dict[str, Any]]()
     with contextlib.ExitStack() as stack:
-        own = (host_memory.VARIABLE, host_memory.LAST_START)
-        environment = {name: value for name, value in os.environ.items() if name not in own}
+        environment = surroundings()
         snapshots = None
         if left and config.checkpoint.snapshot_every is not None:
             snapshots = stack.enter_context(host_memory.folder(run.path))
             environment[host_memory.VARIABLE] = str(snapshots)
-        server = None
-        if config.launch.preload or (config.launch.preload is None and (left or ranks > 1) and not gpus()):
-            shared = local.common_environment(ranks, environment, config.train.threads)
-            server = RankServer(local.tied([]), shared, compiling=ranks if config.train.compile else 0)
-            stack.callback(server.close)
         received: list[int] = []
         stack.enter_context(local.noted(received))  # also between two attempts
         record.clear(run)  # once: a request between two attempts is obeyed
@@ -62,6 +68,9 @@ def attend(config: Config, run: RunDirectory, ranks: int, checkpoint: Saved | No
             attempt = run.next_attempt()
             run.note("start", attempt=attempt, ranks=ranks, resumed_from=checkpoint.step if checkpoint else None)
             start = str(checkpoint.path) if checkpoint else "-"
+            startup = startup or StartupPhases("launcher", time.time())
+            startup.mark("checkpoint chosen")
+            environment[VARIABLE] = startup.variable()
             code = local.start(
                 module_command("launch.rank_main", str(run.config), str(attempt), start),
                 ranks,
@@ -87,6 +96,7 @@ def attend(config: Config, run: RunDirectory, ranks: int, checkpoint: Saved | No
                 print("fovea: stopped before the ranks started again; the same command resumes", file=sys.stderr)
                 return attempt, code
             left -= 1
+            startup = None  # the next start has its own
             begin = f"step {checkpoint.step}" if checkpoint else "the beginning"
             where = " in host memory" if checkpoint and snapshots and checkpoint.path.parent == snapshots else ""
             print(f"fovea: {decision.why}; the ranks start again from {begin}{where}, {left} restarts left", file=sys.stderr)

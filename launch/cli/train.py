@@ -7,20 +7,18 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from launch import notifications, send_end
-from launch.cli import restarts
+from launch import preload
 from launch.rank_environment import RankEnvironment, ranks_to_start
-from launch.resume import check_identity, choose_checkpoint
 from launch.streams import outlive_terminal
 from pipeline.config.load import Loaded, show, stored_run
 from pipeline.config.validate import check_devices, check_ranks
-from pipeline.data.inputs import prepare
 from pipeline.errors import ConfigError, LaunchError
 from pipeline.masking import shown
 from pipeline.runtime import job_record as record
 from pipeline.runtime.gpus import gpus
 from pipeline.runtime.locks import lock
 from pipeline.runtime.run_directory import RunDirectory
+from pipeline.runtime.startup_phases import StartupPhases, process_begin
 from pipeline.tracking.trackers import check_installed
 
 
@@ -58,6 +56,8 @@ def run(loaded: Loaded) -> int:
         FoveaError: a problem that can be detected before a process group exists.
     """
     config = loaded.config
+    startup = StartupPhases("launcher", process_begin())
+    startup.mark("settings")
     outlive_terminal()
     here = RankEnvironment.read()
     default = loaded.nobodys_choice("launch.num_processes")
@@ -76,10 +76,20 @@ def run(loaded: Loaded) -> int:
     if broken := check_devices(config, on_gpu=config.launch.backend != "gloo" and bool(gpus())):
         raise ConfigError(broken[0][1])
     directory = RunDirectory(config.run.folder)
-    with alone(directory):
+    with alone(directory), contextlib.ExitStack() as stack:
+        if (server := preload.rank_server(config, ranks)) is not None:
+            stack.callback(server.close)
+        # While it imports torch, this process imports the rest and checks the data.
+        from launch import send_end
+        from launch.cli import restarts
+        from launch.resume import check_identity, choose_checkpoint
+        from pipeline.data.inputs import prepare
+
         if directory.config.exists():
             check_identity(config, directory.settings_document(), directory.config)
+        startup.mark("imports")
         inputs = prepare(config, ranks, _indexing)
+        startup.mark("index")
         checkpoint, complaints = choose_checkpoint(config, directory, inputs)
         for complaint in complaints:
             print(shown(complaint), file=sys.stderr)
@@ -88,7 +98,7 @@ def run(loaded: Loaded) -> int:
 
             initial.check(config)
         directory.write_settings(config, show(loaded, secrets=True, absolute=True))
-        attempt, code = restarts.attend(config, directory, ranks, checkpoint, inputs)
+        attempt, code = restarts.attend(config, directory, ranks, checkpoint, inputs, server=server, startup=startup)
         _notify(loaded, directory, attempt, code)
         if code and config.tracking.enabled:
             send_end.send(directory)
@@ -97,6 +107,8 @@ def run(loaded: Loaded) -> int:
 
 def _notify(loaded: Loaded, run: RunDirectory, attempt: int, code: int) -> None:
     """Notify the user of the end, as the section notify says; a stop by request or signal is none."""
+    from launch import notifications
+
     if not (settings := notifications.choose((loaded.config.notify, stored_run(loaded.source) is None))):
         return
     outcome, failure = record.outcome(run, attempt) or {}, record.failure(run, attempt) or {}

@@ -295,6 +295,21 @@ def _scale(d: Document) -> list[Row]:
     return rows
 
 
+def _startup(d: Document) -> list[Row]:
+    cpu = {(one["version"], one["shards"], one["ranks"], one["index"]): min(one["cpu"]) for one in d["starts"]}
+    rows = []
+    for version, shards, ranks, index in cpu:
+        before = cpu.get(("before", shards, ranks, index))
+        if version == "before" or (not index and before is None):
+            continue
+        now = cpu[version, shards, ranks, index]
+        of = f"{shards:,} shards{'' if index else ' without an index'}, {ranks} ranks"
+        title = f"CPU time from the command to the first step, {of}"
+        ratio = f"{now / before:.2f} x" if before else ""
+        rows.append(Row(title, f"{now:.1f} s", f"{before:.1f} s before" if before else "not measured", ratio))
+    return rows
+
+
 def _large_job(d: Document) -> list[Row]:
     starts = [one for one in d["starts"] if not one["resumed"]]
     sent = {(one["world"], one["mesh"]): one["phases"]["rendezvous"]["first"]["sent"] for one in starts}
@@ -408,6 +423,7 @@ _READERS: dict[str, Callable[[Document], list[Row]]] = {
     "host-path": _host_path,
     "scale-cpu": _scale,
     "large-job-cpu": _large_job,
+    "startup-cpu": _startup,
     "recompilations": _recompilations,
     "loaders-cpu": _loaders,
     "chaos-cpu": _chaos,

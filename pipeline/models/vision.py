@@ -12,6 +12,10 @@ from functools import partial
 from types import MethodType
 from typing import Any, Literal
 
+import pipeline.models.lean_timm  # noqa: F401
+
+# isort: split
+
 import timm
 import torch
 from timm.layers import SwiGLUPacked

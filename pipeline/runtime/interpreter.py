@@ -22,6 +22,7 @@ _OF_LAUNCHERS = frozenset(
             "FOVEA_ATTEMPT",
             "FOVEA_KEY",
             "FOVEA_SNAPSHOTS",
+            "FOVEA_STARTUP",
         ),
         *("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),
     )

@@ -5,7 +5,8 @@
 <run>/tracking/              journals and MLflow cursors; eval-.../ of standalone evaluations (tracking/eval_journal.py)
 <run>/evaluations/           scores of standalone evaluations
 <run>/pictures/              grids of images, by step
-<run>/logs/attempt-0000/     output and heartbeat of each rank, its stack traces after a hang, the first failure
+<run>/logs/attempt-0000/     output and heartbeat of each rank, its stack traces after a hang, the first failure,
+                             and where its start spent its time (runtime/startup_phases.py)
 <run>/skipped_steps.json     steps that are skipped after a rollback (training/rollback.py)
 <run>/batches/               the sample keys of every step, if enabled
 <run>/signatures/            signatures of every step, by attempt and rank (training/signature_file.py)

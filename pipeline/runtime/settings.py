@@ -58,8 +58,8 @@ class LaunchSettings(Settings):
     )
     preload: bool | None = Field(
         default=None,
-        description="start ranks as forks of one process that has imported everything, so that it is imported once; null does so "
-        "on hosts without a GPU, for several ranks or if launch.restarts is not 0",
+        description="start ranks as forks of one process that has imported everything, so that it is imported once, while the "
+        "data are checked; null does so on hosts without a GPU",
     )
 
 

@@ -46,6 +46,7 @@ from pipeline.models.text import TextTower
 from pipeline.models.vision import VisionTower
 from pipeline.runtime.process_group import World
 from pipeline.runtime.run_directory import RunDirectory
+from pipeline.runtime.startup_phases import StartupPhases
 from pipeline.runtime.stop_requests import StopRequests
 from pipeline.runtime.system_metrics import Nodes
 from pipeline.runtime.watchdog import Watchdog
@@ -166,15 +167,17 @@ def assemble(
     snapshots: Path | None = None,
     last_start: bool = False,
     nodes: NodePlace | None = None,
+    startup: StartupPhases | None = None,
 ) -> Trainer:
     """Build everything one rank needs and load the checkpoint ``resume``, if given; samples in ``excluded`` are substituted.
 
     ``snapshots`` is the folder of this node in host memory, ``nodes`` this rank's place among several nodes. Without a folder, or
-    in the ``last_start``, no snapshots are taken, since nothing would continue from them.
+    in the ``last_start``, no snapshots are taken, since nothing would continue from them. ``startup`` takes its marks.
 
     Raises:
         CheckpointError: the checkpoint does not fit this run.
     """
+    startup = startup or StartupPhases()
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True)
     if config.train.threads:
@@ -194,7 +197,9 @@ def assemble(
     share = config.train.global_batch_size // world.size
     flops = _step_flops(config, share) if uncompiled is None and world.rank == 0 else None
     micro = config.train.micro_batch_size or share
+    startup.mark("networks")
     engine = Engine(method, engine_options(config, micro, share // micro), world.device)
+    startup.mark("engine")
     bad_samples = BadSamples(
         run.bad_samples(world.rank),
         budget=config.data.max_bad_fraction,
@@ -204,6 +209,7 @@ def assemble(
     progress = Progress()
     if resume is not None:
         progress = _restore(resume, engine, method, bad_samples, inputs, config.checkpoint.allow_data_change)
+        startup.mark("checkpoint loaded")
     if world.rank == 0:
         record_data(run.data, inputs)
     store = open_storage(config)
@@ -300,6 +306,7 @@ def assemble(
         only_in_memory=resume is not None and resume.path.parent == snapshots,
         verification=_verification(config, engine, method, world),
         progress=progress,
+        startup=startup,
     )
 
 

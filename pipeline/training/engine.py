@@ -46,12 +46,19 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 _tracker = sys.modules.get("mlflow")
 sys.modules["mlflow"] = _tracker  # type: ignore[assignment]
 import deepspeed  # noqa: E402
+from deepspeed.runtime import compiler  # noqa: E402
 from deepspeed.runtime.zero import partition_parameters  # noqa: E402
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: E402
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS  # noqa: E402
 
 if _tracker is None:
     del sys.modules["mlflow"]
+
+# Each engine imports DeepSpeed's Muon, unused here, whose decorators would load torch's compiler: a CPU second of each start.
+_compile, compiler.compile = compiler.compile, lambda: lambda function: function
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402
+
+compiler.compile = _compile
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # Its shared-memory all-reduce is for inference only, and compiling it here would need a compiler that users may not have.

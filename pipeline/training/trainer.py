@@ -30,6 +30,7 @@ from pipeline.data.loader.batch_stream import BatchStream
 from pipeline.errors import CorruptionError, NonFiniteError, TrainingError
 from pipeline.methods.base import Method, Step
 from pipeline.runtime.process_group import World
+from pipeline.runtime.startup_phases import FIRST_STEP, StartupPhases
 from pipeline.runtime.stop_requests import Stop, StopRequests
 from pipeline.runtime.watchdog import CHECKPOINT, COMPUTE, DATA, END, EVALUATE, LOG, STEP, TEACHER
 from pipeline.tracking import Journal
@@ -85,6 +86,7 @@ class Trainer:
         verification: does some steps twice to find silent corruption, ``None`` for never.
         progress: the current progress.
         data_counts: samples seen, substituted and available, as of the last checkpoint.
+        startup: when the phases of the start have ended.
     """
 
     world: World
@@ -111,6 +113,7 @@ class Trainer:
     verification: Verification | None = None
     progress: Progress = field(default_factory=Progress)
     data_counts: dict[str, Any] = field(default_factory=dict)
+    startup: StartupPhases = field(default_factory=StartupPhases)
     _seconds_before: float = 0.0
     _rolled_back: bool = False
 
@@ -140,6 +143,7 @@ class Trainer:
             saved_at = self._save(asynchronous=self.plan.asynchronous and progress.step < self.plan.steps)
         stop = self.requests.agreed(self.world.control)
         self.phases.enter(DATA, progress.step)
+        self.startup.mark("trainer")
         step_start = time.perf_counter()
         with self.plan.record.open("a", buffering=1) if self.plan.record else nullcontext() as record:
             bookkeeping = _Bookkeeping(Meter(self.world), record)
@@ -157,6 +161,7 @@ class Trainer:
                     progress.step += 1
                     progress.skipped += 1
                     continue
+                self.startup.mark("first batch")
                 step = self.schedules.at(progress.step * self.schedules.global_batch)
                 # The method's random draws on the device depend only on step and rank, so that no random state has to be saved.
                 seeds = self.plan.device_seeds(step_index, self.world.rank, len(micro_batches))
@@ -166,6 +171,7 @@ class Trainer:
 
                 progress.step += 1
                 progress.seconds += time.perf_counter() - step_start
+                self.startup.mark(FIRST_STEP)
                 step_start = time.perf_counter()  # a rollback continues without reaching the end of the loop
                 line = record_line(step_index, micro_batches, terms) if record is not None else None
                 keys = [key for batch in micro_batches for key in batch.keys]

@@ -40,7 +40,7 @@ def interpret(path: str) -> None:
     def wrong(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
         return at_once(x, angles).bitwise_xor_(1)
 
-    problems = [dali._problem_of_fused_hue(None, partial(dali._turned_at_once, turn)) for turn in (at_once, wrong)]
+    problems = [dali._problem_of_fused_hue(None, partial(dali.turned_at_once, turn)) for turn in (at_once, wrong)]
     torch.save({"found": found, "expected": expected, "image": images[0], "problems": problems}, path)
 
 

@@ -52,7 +52,8 @@ class Proxy:
         upstream: host and port of the real server.
         troubles: what to do wrong; change it at any time.
         seen: requests by method and path, ``"GET /bucket/key"``.
-        served: bytes of bodies sent.
+        sent: bytes of bodies sent, by method and path.
+        served: bytes of all bodies sent.
         conditions: whether it knows conditional writes; without them it answers 501, as some servers do.
         on_request: called with method and path before each request.
     """
@@ -61,6 +62,7 @@ class Proxy:
     endpoint: str = ""
     troubles: list[Trouble] = field(default_factory=list)
     seen: Counter[str] = field(default_factory=Counter)
+    sent: Counter[str] = field(default_factory=Counter)
     served: int = 0
     delay: float = 0.0
     conditions: bool = True
@@ -159,6 +161,7 @@ def proxy(port: int) -> Iterator[Proxy]:
                 body = body[: len(body) // 2]
             with door.lock:
                 door.served += len(body)
+                door.sent[f"{self.command} {path}"] += len(body)
             self.wfile.write(body)
             if kind == "stall":
                 self.wfile.flush()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launch import host_memory, local
+from launch import host_memory, local, preload
 from launch.cli import restarts
 from pipeline.config.load import load
 from pipeline.data.pack import synthetic as scenes
@@ -20,6 +22,7 @@ from pipeline.errors import ConfigError, LaunchError
 from pipeline.runtime import job_record as record
 from pipeline.runtime.failure_claim import claim
 from pipeline.runtime.run_directory import RunDirectory
+from pipeline.runtime.startup_phases import VARIABLE, StartupPhases
 from tests.helpers.limits import LONG, deadline
 from tests.helpers.runs import ROOT, TOY, command, environment, recorded, train, weights
 
@@ -169,26 +172,40 @@ def test_only_what_may_end_differently_at_once_is_tried_again(
 
 @pytest.mark.parametrize(
     ("ranks", "gpus", "choice", "forks"),
-    [(1, 0, "null", False), (2, 0, "null", True), (2, 1, "null", False), (2, 1, "true", True), (2, 0, "false", False)],
+    [(1, 0, "null", True), (2, 0, "null", True), (2, 1, "null", False), (2, 1, "true", True), (2, 0, "false", False)],
 )
-def test_several_ranks_without_a_gpu_are_forks_of_one_process(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, gpus: int, choice: str, forks: bool
+def test_ranks_on_hosts_without_a_gpu_are_forks_of_one_process(
+    config: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, gpus: int, choice: str, forks: bool
 ) -> None:
     settings = load(config, ["data.shards=/nowhere/x.tar", f"launch.preload={choice}"]).config
-    servers: list[object] = []
+    monkeypatch.setenv(VARIABLE, "of the start in which this runs")
+    asked: list[Mapping[str, str]] = []
+    monkeypatch.setattr(preload, "RankServer", lambda _, environment, compiling: asked.append(environment) or "server")
+    monkeypatch.setattr(preload, "gpus", lambda: gpus)
+    assert (preload.rank_server(settings, ranks) == "server") is forks
+    assert len(asked) == int(forks) and all(VARIABLE not in one for one in asked)
 
-    class Server:
-        def __init__(self, *_: object, **__: object) -> None:
-            servers.append(self)
 
-        def close(self) -> None:
-            pass
+def test_each_start_of_the_ranks_is_told_what_its_launcher_has_spent(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = load(config, ["data.shards=/nowhere/x.tar", "launch.restarts=1"]).config
+    run = RunDirectory(tmp_path / "run")
+    told: list[dict[str, Any]] = []
 
-    monkeypatch.setattr(restarts, "RankServer", Server)
-    monkeypatch.setattr(restarts, "gpus", lambda: gpus)
-    monkeypatch.setattr("launch.local.start", lambda *_, server, **__: int((server is not None) != forks))
-    assert restarts.attend(settings, RunDirectory(tmp_path / "run"), ranks, None, None) == (0, 0)  # type: ignore[arg-type]
-    assert len(servers) == int(forks)
+    def start(*_: object, environment: Mapping[str, str], **__: object) -> int:
+        told.append(json.loads(environment[VARIABLE]))
+        claim(run.logs(run.next_attempt() - 1), {"rank": 0, "what": "it failed", "code": 137, "step": 0, "cause": "crash"})
+        return 137 if len(told) == 1 else 0
+
+    monkeypatch.setattr("launch.local.start", start)
+    monkeypatch.setattr(restarts, "chosen_again", lambda *_: None)
+    startup = StartupPhases("launcher", begun=1000.0, clock=lambda: 1002.5, cpu=lambda: 1.5)
+    startup.mark("index")
+    assert restarts.attend(settings, run, 1, None, None, startup=startup) == (1, 0)  # type: ignore[arg-type]
+    first, second = ([mark["name"] for mark in one["marks"]] for one in told)
+    assert (first, second) == (["index", "checkpoint chosen"], ["checkpoint chosen"])
+    assert told[0]["begun"] == 1000 and told[1]["begun"] > 1e9, "a restart begins when the ranks are started again"
 
 
 def test_a_signal_between_two_attempts_is_heeded(

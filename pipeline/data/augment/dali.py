@@ -1,4 +1,5 @@
-"""Applies augmentation plans with DALI: decoded images in, normalized crops out. The only module that imports DALI.
+"""Applies augmentation plans with DALI: decoded images in, normalized crops out. DALI is imported here and in
+:mod:`pipeline.data.augment.dali_hue`.
 
 The graph has no random operator and no state: it is a pure function of its inputs, and the same graph runs on CPU and GPU.
 Colour operations follow torchvision's ColorJitter. DALI's own contrast pivots on a constant, and its hue rotates in YIQ space.
@@ -19,10 +20,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from nvidia.dali import fn, math, pipeline_def, python_function_plugin, tensors, types
-from torch.utils.dlpack import from_dlpack, to_dlpack
+from nvidia.dali import fn, math, pipeline_def, tensors, types
+from nvidia.dali.pipeline import do_not_convert
 
 from pipeline.config.sizes import height_width
+from pipeline.data.augment.dali_hue import Turn, as_bytes, turn_hue, turned_at_once, turned_channels
 from pipeline.data.augment.hue import turn_hues
 from pipeline.data.augment.plan import ViewPlan
 from pipeline.data.augment.view_groups import Group, groups_of, noise_of
@@ -31,62 +33,8 @@ from pipeline.data.augment.views import ChannelSpec, ViewSpec
 Hue = Literal["hsv", "yiq", "off"]
 
 
-def _byte(image: Any) -> Any:
-    return fn.cast(image, dtype=types.UINT8)
-
-
-def _hue_channel(sixths: Any, value: Any, chroma: Any, offset: float) -> Any:
-    k = sixths + np.float32(offset + 12)
-    k = k - math.floor(k * np.float32(1 / 6)) * np.float32(6)
-    # clamp() is equivalent but many times slower on a CPU.
-    return value - chroma * math.min(math.max(math.min(k, np.float32(4) - k), np.float32(0)), np.float32(1))
-
-
-def _turn_hue(image: Any, turns: Any) -> Any:
-    """Rotates the hue by a fraction of the colour circle, exactly, by channel arithmetic; ``[h, w, 3]`` uint8 in and out.
-
-    For a GPU on which :func:`fused_hue` does not hold: on a CPU the same arithmetic is faster in
-    :mod:`pipeline.data.augment.hue`.
-    """
-    x = fn.cast(image, dtype=types.FLOAT) * np.float32(1 / 255)
-    channels = _turned(x[:, :, 0:1], x[:, :, 1:2], x[:, :, 2:3], turns)
-    return _byte(fn.cat(*channels, axis=2) * np.float32(255))
-
-
-def _turned(r: Any, g: Any, b: Any, turns: Any) -> list[Any]:
-    """The three channels, from 0 to 1, with their hue rotated."""
-    value = math.max(r, math.max(g, b))
-    chroma = value - math.min(r, math.min(g, b))
-    divisor = math.max(chroma, np.float32(1e-8))
-    is_r = fn.cast(value == r, dtype=types.FLOAT)
-    is_g = fn.cast(value == g, dtype=types.FLOAT) * (np.float32(1) - is_r)
-    is_b = np.float32(1) - is_r - is_g
-    sixths = (
-        is_r * ((g - b) / divisor)
-        + is_g * ((b - r) / divisor + np.float32(2))
-        + is_b * ((r - g) / divisor + np.float32(4))
-        + turns * np.float32(6)
-    )
-
-    return [_hue_channel(sixths, value, chroma, offset) for offset in (5.0, 3.0, 1.0)]
-
-
-_Turn = Callable[[Sequence[Any], Sequence[Any]], list[Any]]
-
-
-def _turned_at_once(
-    turn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], images: Sequence[Any], turns: Sequence[Any]
-) -> list[Any]:
-    """DLPack capsules of images of one size, turned by one call on the stream of the DALI operator that calls this."""
-    x, angles = ([from_dlpack(one) for one in batch] for batch in (images, turns))
-    device = x[0].device
-    stream = torch.cuda.ExternalStream(python_function_plugin.current_dali_stream(), device) if device.type == "cuda" else None
-    with torch.cuda.stream(stream):
-        return [to_dlpack(one) for one in turn(torch.stack(x), torch.stack(angles)).unbind()]
-
-
 def _turn_hue_at_once(image: Any, turns: Any, inputs: _Inputs) -> Any:
-    """As :func:`_turn_hue`, in one kernel for the whole batch."""
+    """As :func:`turn_hue`, in one kernel for the whole batch."""
     assert inputs.turn is not None
     return fn.dl_tensor_python_function(
         image,
@@ -100,7 +48,7 @@ def _turn_hue_at_once(image: Any, turns: Any, inputs: _Inputs) -> Any:
 
 
 @cache
-def fused_hue(device_id: int) -> _Turn | None:
+def fused_hue(device_id: int) -> Turn | None:
     """What turns the hue in one kernel on this device, if it has just done so for a few images with the pixels of a CPU.
 
     ``None`` otherwise, and with ``FOVEA_KERNELS=torch``: then it is 64 operators of DALI.
@@ -110,7 +58,7 @@ def fused_hue(device_id: int) -> _Turn | None:
     try:
         from pipeline.data.augment.hue_triton import turn_hues as turn_at_once
 
-        turn = partial(_turned_at_once, turn_at_once)
+        turn = partial(turned_at_once, turn_at_once)
         problem = _problem_of_fused_hue(device_id, turn)
     except Exception as error:  # of a compiler, a driver or DALI: there is another way
         problem = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
@@ -120,7 +68,7 @@ def fused_hue(device_id: int) -> _Turn | None:
     return None if problem else turn
 
 
-def _problem_of_fused_hue(device_id: int | None, turn: _Turn) -> str:
+def _problem_of_fused_hue(device_id: int | None, turn: Turn) -> str:
     """What is wrong with one kernel for the hue; nothing if it gives the pixels of a CPU, in a graph with a condition."""
     turns, chosen = np.array([0.1, 0.0, -0.3, 0.5], np.float32), np.array([True, False, True, True])
     images = list(np.random.default_rng(0).integers(0, 256, (len(turns), 33, 47, 3), dtype=np.uint8))
@@ -167,7 +115,7 @@ class _Inputs:
     device: str
     read: list[str]
     pool: ThreadPoolExecutor | None = None
-    turn: _Turn | None = None
+    turn: Turn | None = None
 
     def array(self, name: str, dtype: Any, ndim: int = 0) -> Any:
         """An array of the plan as input of the graph: one number per sample, or with ``ndim=1`` a vector."""
@@ -184,19 +132,23 @@ def _luma(image: Any) -> Any:
     return fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY)
 
 
-def _jitter(x: Any, inputs: _Inputs) -> Any:
+Change = tuple[Any, Callable[[Any], Any]]
+"""What an operator does to some samples: the condition, and the change of their images."""
+
+
+def _jitter(inputs: _Inputs) -> Change:
     brightness, contrast = inputs.array("brightness", types.FLOAT), inputs.array("contrast", types.FLOAT)
     saturation = inputs.array("saturation", types.FLOAT)
     turns: Any = inputs.array("hue", types.FLOAT) if inputs.hue != "off" else None
-    jittered = inputs.array("jitter", types.BOOL)
-    if jittered:
+
+    def jittered(x: Any) -> Any:
         x = fn.brightness_contrast(x, brightness=brightness)
         mean = fn.reductions.mean(_luma(x))
         # A single operator is six times as fast as arithmetic, with the same pixels, but takes its arguments from the CPU only.
         x = (
             fn.brightness_contrast(x, contrast=contrast, contrast_center=mean)
             if inputs.device == "cpu"
-            else _byte(x * contrast + mean * (np.float32(1) - contrast))
+            else as_bytes(x * contrast + mean * (np.float32(1) - contrast))
         )
         if inputs.hue == "yiq":
             x = fn.color_twist(x, saturation=saturation, hue=turns * np.float32(360))
@@ -208,30 +160,34 @@ def _jitter(x: Any, inputs: _Inputs) -> Any:
         elif inputs.hue == "hsv" and inputs.turn is not None:
             x = _turn_hue_at_once(x, turns, inputs)
         elif inputs.hue == "hsv":
-            x = _turn_hue(x, turns)
-    return x
+            x = turn_hue(x, turns)
+        return x
+
+    return inputs.array("jitter", types.BOOL), jittered
 
 
-def _gray(x: Any, inputs: _Inputs) -> Any:
-    grayed = inputs.array("gray", types.BOOL)
-    if grayed:
-        x = fn.color_space_conversion(_luma(x), image_type=types.GRAY, output_type=types.RGB)
-    return x
+def _gray(inputs: _Inputs) -> Change:
+    def grayed(x: Any) -> Any:
+        return fn.color_space_conversion(_luma(x), image_type=types.GRAY, output_type=types.RGB)
+
+    return inputs.array("gray", types.BOOL), grayed
 
 
-def _blur(x: Any, inputs: _Inputs, *, blur_kernel: int | str) -> Any:
+def _blur(inputs: _Inputs, *, blur_kernel: int | str) -> Change:
     sigma = inputs.array("sigma", types.FLOAT)
-    if sigma > 0:
-        x = fn.gaussian_blur(x, window_size=0 if blur_kernel == "auto" else blur_kernel, sigma=sigma)
-    return x
+
+    def blurred(x: Any) -> Any:
+        return fn.gaussian_blur(x, window_size=0 if blur_kernel == "auto" else blur_kernel, sigma=sigma)
+
+    return sigma > 0, blurred
 
 
-def _solarize(x: Any, inputs: _Inputs, *, solarize_threshold: int) -> Any:
-    solarized = inputs.array("solarize", types.BOOL)
-    if solarized:
+def _solarize(inputs: _Inputs, *, solarize_threshold: int) -> Change:
+    def solarized(x: Any) -> Any:
         values = [v if v < solarize_threshold else 255 - v for v in range(256)]
-        x = fn.lookup_table(x, keys=list(range(256)), values=values, dtype=types.UINT8)
-    return x
+        return fn.lookup_table(x, keys=list(range(256)), values=values, dtype=types.UINT8)
+
+    return inputs.array("solarize", types.BOOL), solarized
 
 
 def _clamped(x: Any, channels: ChannelSpec) -> Any:
@@ -255,9 +211,9 @@ def _weighted(r: Any, g: Any, b: Any) -> Any:
     return r * np.float32(0.299) + g * np.float32(0.587) + b * np.float32(0.114)
 
 
-def _channel_jitter(x: Any, inputs: _Inputs, channels: ChannelSpec) -> Any:
+def _channel_jitter(inputs: _Inputs, channels: ChannelSpec) -> Change:
     brightness, contrast = inputs.vector("group_brightness"), inputs.vector("group_contrast")
-    jittered = inputs.array("jitter", types.BOOL)
+    condition = inputs.array("jitter", types.BOOL)
     colour = channels.rgb is not None
     # Their scalars, read on the CPU, may be factors of values on a GPU.
     saturation: Any = inputs.array("saturation", types.FLOAT) if colour else None
@@ -269,9 +225,9 @@ def _channel_jitter(x: Any, inputs: _Inputs, channels: ChannelSpec) -> Any:
         return [_clamped(gray + (one - gray) * saturation, channels) for one in (r, g, b)]
 
     def turned(r: Any, g: Any, b: Any) -> list[Any]:
-        return [one * full for one in _turned(r / full, g / full, b / full, turns)]
+        return [one * full for one in turned_channels(r / full, g / full, b / full, turns)]
 
-    if jittered:
+    def jittered(x: Any) -> Any:
         x = _clamped(x * brightness, channels)
         mean = fn.reductions.mean(x, axes=[0, 1], keep_dims=True)
         x = _clamped(mean + (x - mean) * contrast, channels)
@@ -279,35 +235,38 @@ def _channel_jitter(x: Any, inputs: _Inputs, channels: ChannelSpec) -> Any:
             x = _rgb(x, channels, saturated)
         if turns is not None:
             x = _rgb(x, channels, turned)
-    return x
+        return x
+
+    return condition, jittered
 
 
-def _channel_gray(x: Any, inputs: _Inputs, channels: ChannelSpec) -> Any:
+def _channel_gray(inputs: _Inputs, channels: ChannelSpec) -> Change | None:
     if channels.rgb is None:
-        return x
-    grayed = inputs.array("gray", types.BOOL)
-    if grayed:
-        x = _rgb(x, channels, lambda r, g, b: [_weighted(r, g, b)] * 3)
-    return x
+        return None
+
+    def grayed(x: Any) -> Any:
+        return _rgb(x, channels, lambda r, g, b: [_weighted(r, g, b)] * 3)
+
+    return inputs.array("gray", types.BOOL), grayed
 
 
-def _channel_blur(x: Any, inputs: _Inputs, channels: ChannelSpec, *, blur_kernel: int | str) -> Any:
-    return _blur(x, inputs, blur_kernel=blur_kernel)
+def _channel_blur(inputs: _Inputs, channels: ChannelSpec, *, blur_kernel: int | str) -> Change:
+    return _blur(inputs, blur_kernel=blur_kernel)
 
 
-def _channel_solarize(x: Any, inputs: _Inputs, channels: ChannelSpec, *, solarize_threshold: int) -> Any:
+def _channel_solarize(inputs: _Inputs, channels: ChannelSpec, *, solarize_threshold: int) -> Change | None:
     if channels.rgb is None or channels.dtype == "float32":
-        return x
-    solarized = inputs.array("solarize", types.BOOL)
+        return None
     full = np.float32(channels.full_range)
     threshold = np.float32(channels.full_range * solarize_threshold / 255)
 
     def inverted(*three: Any) -> list[Any]:
         return [one + (full - one - one) * fn.cast(one >= threshold, dtype=types.FLOAT) for one in three]
 
-    if solarized:
-        x = _rgb(x, channels, inverted)
-    return x
+    def solarized(x: Any) -> Any:
+        return _rgb(x, channels, inverted)
+
+    return inputs.array("solarize", types.BOOL), solarized
 
 
 def _channel_gain(x: Any, inputs: _Inputs, mean: Any, std: Any) -> Any:
@@ -331,7 +290,9 @@ _CHANNEL_COLOURS: dict[str, Callable[..., Any]] = {
     "blur": _channel_blur,
     "solarize": _channel_solarize,
 }
-"""What takes the place of :data:`_FUNCTIONS` for declared channels: float32 ``[h, w, channels]`` in and out, values as stored."""
+"""What takes the place of :data:`_FUNCTIONS` for declared channels: float32 ``[h, w, channels]`` in and out, values as stored.
+``None`` in place of a change: there is none to such channels.
+"""
 _CHANNEL_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "gain": _channel_gain,
     "noise": _channel_noise,
@@ -340,12 +301,30 @@ _CHANNEL_FUNCTIONS: dict[str, Callable[..., Any]] = {
 """What follows: the same, with mean and standard deviation of each channel."""
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {"jitter": _jitter, "gray": _gray, "blur": _blur, "solarize": _solarize}
-"""Each operator's function: images and :class:`_Inputs` in, its constants by name; images out, uint8 ``[h, w, 3]``.
+"""Each operator's function: :class:`_Inputs` in, its constants by name; the change out, of images uint8 ``[h, w, 3]``.
 
-Inputs must be read outside a condition on samples: inside, DALI knows only those samples.
+Inputs must be read outside the change: inside, DALI knows only the samples that meet the condition.
 """
 
 
+@do_not_convert
+def _changes(group: Group, inputs: _Inputs) -> list[Change]:
+    """The changes of the images.
+
+    DALI rewrites functions with conditions on samples; each costs every rank a tenth of a CPU second at its start. Only the two
+    graphs have such conditions, and nothing else is rewritten.
+    """
+    changes = [_FUNCTIONS[name](inputs, **dict(constants)) for name, constants in group.operators]
+    return [(condition, do_not_convert(change)) for condition, change in changes]
+
+
+@do_not_convert
+def _channel_changes(group: Group, channels: ChannelSpec, inputs: _Inputs) -> list[Change]:
+    changes = [_CHANNEL_COLOURS[name](inputs, channels, **dict(constants)) for name, constants in group.operators]
+    return [(one[0], do_not_convert(one[1])) for one in changes if one is not None]
+
+
+@do_not_convert
 def _cut(group: Group, inputs: _Inputs, dtype: Any) -> Any:
     """The crops of the images, resized to the size of the views."""
     # Each image is fed once for each of its views, always the same bytes: they must not be copied.
@@ -360,11 +339,8 @@ def _cut(group: Group, inputs: _Inputs, dtype: Any) -> Any:
     )
 
 
-@pipeline_def(enable_conditionals=True)
-def _graph(group: Group, inputs: _Inputs) -> Any:
-    x = _cut(group, inputs, types.UINT8)
-    for name, constants in group.operators:
-        x = _FUNCTIONS[name](x, inputs, **dict(constants))
+@do_not_convert
+def _normalized(x: Any, group: Group, inputs: _Inputs) -> Any:
     return fn.crop_mirror_normalize(
         x,
         dtype=types.FLOAT,
@@ -376,12 +352,21 @@ def _graph(group: Group, inputs: _Inputs) -> Any:
 
 
 @pipeline_def(enable_conditionals=True)
-def _channel_graph(group: Group, channels: ChannelSpec, inputs: _Inputs) -> Any:
-    """The graph for images of declared channels: values as stored, in float32, up to the normalization at its end."""
-    x = _cut(group, inputs, types.FLOAT)
-    x = _clamped(x, channels)  # cubic interpolation leaves the range of the values
-    for name, constants in group.operators:
-        x = _CHANNEL_COLOURS[name](x, inputs, channels, **dict(constants))
+def _graph(group: Group, inputs: _Inputs) -> Any:
+    x = _cut(group, inputs, types.UINT8)
+    for condition, change in _changes(group, inputs):
+        if condition:
+            x = change(x)
+    return _normalized(x, group, inputs)
+
+
+@do_not_convert
+def _channel_cut(group: Group, channels: ChannelSpec, inputs: _Inputs) -> Any:
+    return _clamped(_cut(group, inputs, types.FLOAT), channels)  # cubic interpolation leaves the range of the values
+
+
+@do_not_convert
+def _channel_normalized(x: Any, group: Group, channels: ChannelSpec, inputs: _Inputs) -> Any:
     full = channels.full_range
     mean, std = ([full * value for value in values] for values in (group.normalize.mean, group.normalize.std))
     centre, width = (types.Constant(np.array(values, np.float32), device=inputs.device) for values in (mean, std))
@@ -391,6 +376,16 @@ def _channel_graph(group: Group, channels: ChannelSpec, inputs: _Inputs) -> Any:
     return fn.crop_mirror_normalize(
         x, dtype=types.FLOAT, output_layout="CHW", mean=mean, std=std, mirror=inputs.array("flip", types.INT32)
     )
+
+
+@pipeline_def(enable_conditionals=True)
+def _channel_graph(group: Group, channels: ChannelSpec, inputs: _Inputs) -> Any:
+    """The graph for images of declared channels: values as stored, in float32, up to the normalization at its end."""
+    x = _channel_cut(group, channels, inputs)
+    for condition, change in _channel_changes(group, channels, inputs):
+        if condition:
+            x = change(x)
+    return _channel_normalized(x, group, channels, inputs)
 
 
 class Augmenter:

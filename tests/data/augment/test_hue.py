@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 
 from pipeline.data.augment import hue
-from pipeline.data.augment.dali import _turn_hue
+from pipeline.data.augment.dali_hue import turn_hue
 from pipeline.data.augment.hue import turn_hues
 
 TURNS = np.array([-0.5, -1 / 3, -0.1, -1e-7, 0.0, 1 / 12, 0.1, 1 / 6, 0.25, 0.4999, 0.5], np.float32)
@@ -34,7 +34,7 @@ def by_dali(image: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
     @pipeline_def(batch_size=len(TURNS), num_threads=1, device_id=None)
     def graph() -> Any:
         images = fn.external_source(name="images", layout="HWC", ndim=3, dtype=types.UINT8, batch=True)
-        return _turn_hue(images, fn.external_source(name="turns", ndim=0, dtype=types.FLOAT, batch=True))
+        return turn_hue(images, fn.external_source(name="turns", ndim=0, dtype=types.FLOAT, batch=True))
 
     pipeline = graph()
     pipeline.build()

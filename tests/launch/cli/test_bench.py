@@ -48,6 +48,7 @@ def test_all_benchmarks_run_at_minimal_size_and_each_keeps_its_page(tmp_path: Pa
         "readme",
         "small_batches",
         "snapshots",
+        "startup",
     }
 
 
