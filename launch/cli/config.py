@@ -54,4 +54,6 @@ def config_check(config: shards.ConfigArgument, overrides: shards.Overrides = No
         from pipeline.data.inputs import check_columns
 
         check_columns(loaded.config)
+    if loaded.config.method.views.curriculum:
+        print(f"views: {loaded.config.method.views.curriculum_text}")
     print(f"{loaded.source} is in order; fingerprint {fingerprint(loaded.config)[:12]}")

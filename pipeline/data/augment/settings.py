@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field
+from typing_extensions import override
 
-from pipeline.config.types import ImageSize, NonNegative, Probability, Settings, ShareRange
+from pipeline.config.sizes import size_text
+from pipeline.config.types import ImageSize, Length, NonNegative, Probability, Settings, ShareRange
 
 
 def _one_or_more(value: object) -> object:
@@ -27,6 +29,27 @@ GLOBAL_VIEWS = 2
 """Global views of an image in methods that compare views."""
 
 
+class CurriculumStage(Settings):
+    """Sizes of views in a stretch of the run, before the full ones."""
+
+    until: Length = Field(description="where the stage ends, counted from the start of the run, such as 30 epochs")
+    global_size: ImageSize | None = Field(
+        default=None,
+        description="side of a global crop in pixels, or [height, width] with the aspect ratio of views.global_size; null means "
+        "views.global_size",
+    )
+
+
+class MultiCropStage(CurriculumStage):
+    """Sizes of global and local views in a stretch of the run."""
+
+    local_size: ImageSize | None = Field(
+        default=None,
+        description="side of a local crop in pixels, or [height, width] with the aspect ratio of views.local_size; null means "
+        "views.local_size",
+    )
+
+
 class ViewSettings(Settings):
     """Global views of an image: random crops, resized to one size."""
 
@@ -41,6 +64,27 @@ class ViewSettings(Settings):
         description="resize interpolation of crops: bicubic (CLIP, DINO, DINOv2, BYOL) or bilinear (the code of MoCo, SLIP and "
         "DetailCLIP)",
     )
+    curriculum: tuple[CurriculumStage, ...] = Field(
+        default=(),
+        description="sizes of views at the beginning of the run, stage by stage; after the last stage, and in evaluations and "
+        "exports, they have the sizes above. The crops are the same, only resized to other sizes",
+    )
+
+    def at(self, stage: CurriculumStage) -> Self:
+        """These settings with the sizes of a stage, and no stages."""
+        sizes = {name: size for name in ("global_size", "local_size") if (size := getattr(stage, name, None)) is not None}
+        return self.model_copy(update={**sizes, "curriculum": ()})
+
+    @property
+    def sides_text(self) -> str:
+        """The full sizes, for people."""
+        return f"{size_text(self.global_size)} px"
+
+    @property
+    def curriculum_text(self) -> str:
+        """The sizes of all stages, for people."""
+        stages = [f"{self.at(stage).sides_text} until {stage.until}" for stage in self.curriculum]
+        return ", then ".join([*stages, self.sides_text])
 
 
 class MultiCropSettings(ViewSettings):
@@ -51,6 +95,14 @@ class MultiCropSettings(ViewSettings):
     local_scale: ShareRange = Field(
         default=(0.05, 0.32), description="smallest and largest fraction of the image's area in a local crop"
     )
+    curriculum: tuple[MultiCropStage, ...] = Field(default=(), description=ViewSettings.model_fields["curriculum"].description)
+
+    @property
+    @override
+    def sides_text(self) -> str:
+        """Also the size of local views, if there are any."""
+        local = f" and {size_text(self.local_size)}" if self.local_count else ""
+        return f"{size_text(self.global_size)}{local} px"
 
 
 class AugmentSettings(Settings):

@@ -6,14 +6,16 @@ or depends on a method.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.config.sizes import Size, grid_of, height_width
+from pipeline.config.types import Length
 from pipeline.data.augment.operators import Augment
 from pipeline.data.channel_settings import ChannelSettings
 from pipeline.data.formats.composite import default_shown
+from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -171,6 +173,29 @@ class ViewSet:
 
 
 @dataclass(frozen=True)
+class ViewStage:
+    """The views of a stretch of the run, before those that the method has in the end.
+
+    Attributes:
+        views: the same as in the end, except for their sizes.
+        until: where the stage ends, counted from the start of the run: a :class:`Length`, or as in a config, such as ``3 epochs``.
+
+    Raises:
+        ConfigError: this is not a length.
+    """
+
+    views: tuple[ViewSpec, ...]
+    until: Length | str | int
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "until", Length.parse(self.until))
+        except ValueError as error:
+            message = f"{self.until!r} is not the end of a stage: it {error}"
+            raise ConfigError(message, where="ViewStage.until", hint="Write a length such as '3 epochs'") from None
+
+
+@dataclass(frozen=True)
 class TextSpec:
     """Specification of the text that a method reads: one tokenized caption per sample.
 
@@ -273,6 +298,11 @@ class Batch:
         if self.id_tensor is not None:
             yield self.id_tensor
         yield from self.columns.values()
+
+    @property
+    def layout(self) -> Hashable:
+        """What the work of a micro-batch depends on: equal for steps with views of the same sizes."""
+        return self.sides
 
     @property
     def sides(self) -> tuple[Size, ...]:

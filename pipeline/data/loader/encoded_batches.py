@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data import storage
+from pipeline.data.augment.curriculum import stage_at
 from pipeline.data.augment.masks import block_masks, mask_counts
 from pipeline.data.augment.plan import ViewPlan, make_plan, set_of_step
 from pipeline.data.augment.views import MaskSpec, TextSpec, ViewSet, ViewSpec
@@ -87,6 +88,8 @@ class StepDataset(Dataset[RankBatch]):
         text: how to tokenize captions, if the method reads them.
         sources: the data sets, for counting; empty counts nothing.
         sets: views of several sizes, of which each step uses one set; empty means ``specs`` at every step.
+        stages: the views of each stage of a curriculum, before these sets.
+        ends: first step after each stage, see :func:`pipeline.data.augment.curriculum.stage_ends`.
     """
 
     def __init__(
@@ -101,18 +104,26 @@ class StepDataset(Dataset[RankBatch]):
         text: TextSpec | None = None,
         sources: Sequence[Source] = (),
         sets: Sequence[ViewSet] = (),
+        stages: Sequence[tuple[ViewSpec, ...]] = (),
+        ends: Sequence[int] = (),
     ) -> None:
         self.reader, self.order, self.specs = reader, order, specs
-        self.sets = tuple(sets) or (ViewSet(specs),)
+        self._sets = [*((ViewSet(views),) for views in stages), tuple(sets) or (ViewSet(specs),)]
+        self._stage_ends = tuple(ends)
         self.seed, self.world, self.rank = seed, world, rank
         self.text, self._names = text, [source.name for source in sources]
         self._ends = np.cumsum([source.shards for source in sources])
         if text is not None:
             tokenizer(text)  # fails here rather than in a worker
 
+    def sets_at(self, step: int) -> tuple[ViewSet, ...]:
+        """Returns the sets of views that steps of a step's stage may use; the same tuple for all steps of a stage."""
+        return self._sets[stage_at(self._stage_ends, step)]
+
     def specs_at(self, step: int) -> tuple[ViewSpec, ...]:
         """Returns the views of a step, the same on every rank."""
-        return self.sets[set_of_step(self.sets, step, seed=self.seed)].views
+        sets = self.sets_at(step)
+        return sets[set_of_step(sets, step, seed=self.seed)].views
 
     def __getitem__(self, step: int) -> RankBatch:
         """Reads and plans one step."""

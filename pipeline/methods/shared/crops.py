@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pipeline.config.sizes import shortest_side
 from pipeline.data.augment.operators import Augment
@@ -17,9 +17,11 @@ from pipeline.data.augment.views import (
     MaskSpec,
     Normalize,
     ViewSpec,
+    ViewStage,
 )
-from pipeline.methods.settings import OneViewSettings
+from pipeline.methods.settings import MethodSettings, OneViewSettings
 
+_S = TypeVar("_S", bound=MethodSettings)
 _KERNEL = 9  # of DINOv2's blur, pixels
 NORMALIZE = {
     "openai": Normalize(OPENAI_MEAN, OPENAI_STD),
@@ -102,6 +104,16 @@ def multi_crop(
             )
         )
     return tuple(views)
+
+
+def view_stages(settings: _S, views: Callable[[_S], tuple[ViewSpec, ...]]) -> tuple[ViewStage, ...]:
+    """The stages of ``views.curriculum``, each with the views that the method would have if these sizes were the full ones.
+
+    Args:
+        settings: the method's settings.
+        views: returns the method's views for its settings.
+    """
+    return tuple(ViewStage(views(settings.at_stage(stage)), stage.until) for stage in settings.views.curriculum)
 
 
 def one_view(s: OneViewSettings) -> tuple[ViewSpec, ...]:

@@ -12,7 +12,7 @@ from pipeline.data.augment.views import Batch, ViewSpec
 from pipeline.methods.base import Method, Step
 from pipeline.methods.ema_teacher import Teacher
 from pipeline.methods.health_metrics import RANK_COLLAPSE, HealthMetrics
-from pipeline.methods.shared.crops import multi_crop
+from pipeline.methods.shared.crops import multi_crop, view_stages
 from pipeline.methods.shared.two_views_settings import RepelSettings, TwoViewSettings
 from pipeline.models.groups import ParameterGroup, parameter_groups
 from pipeline.models.mlps import PairClassifier
@@ -33,7 +33,7 @@ class TwoViews(Method):
     def __init__(self, backbone: Tower, settings: TwoViewSettings, *, out: int) -> None:
         super().__init__()
         self.settings = settings
-        self.views = two_views(settings)
+        self.views, self.curriculum = two_views(settings), view_stages(settings, two_views)
         self.backbone = backbone
         if isinstance(backbone, VisionTower):
             backbone.mask_token.requires_grad_(False)  # used by other methods only: it never gets a gradient here
