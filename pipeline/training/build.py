@@ -323,8 +323,8 @@ def _reader(config: Config, inputs: Inputs, store: Storage) -> Reader:
 
 
 def _step_flops(config: Config, samples: int) -> dict[Hashable, float]:
-    """FLOPs of a step of a rank by the layout of its batches, counted on tensors without values: compiled blocks cannot be counted
-    while they run.
+    """FLOPs of a step of a rank by the layout of its batches, counted on tensors without values, since compiled blocks cannot be
+    counted while they run.
     """
     with torch.random.fork_rng(devices=[]):
         return {one.layout: one.flops * samples for one in counted_sets(config)}

@@ -178,7 +178,7 @@ class ViewStage:
 
     Attributes:
         views: the same as in the end, except for their sizes.
-        until: where the stage ends, counted from the start of the run: a :class:`Length`, or as in a config, such as ``3 epochs``.
+        until: where the stage ends, counted from the start of the run; text such as ``3 epochs`` becomes a :class:`Length`.
 
     Raises:
         ConfigError: this is not a length.
