@@ -327,8 +327,13 @@ def _check_curriculum(config: Config) -> Iterator[tuple[str, str]]:
         if stage.until.unit == duration.unit and stage.until.amount >= duration.amount:
             yield key, f"{until}: leaves no step of the full size in train.duration = {duration}; end it earlier"
         before = stage.until
-        if views.at(stage) == views.model_copy(update={"curriculum": ()}):
-            yield key, f"{key}.{number}: has the full sizes; set another global_size, or remove it"
+        if stage.patch_dropout and not config.method.drops_patches:
+            able = ", ".join(name for name, settings in METHODS.items() if settings.drops_patches)
+            yield key, f"{key}.{number}.patch_dropout: {config.method.name} uses all patches; set it to 0, or choose {able}"
+        elif stage.patch_dropout and "resnet" in (config.model.timm_name or ""):
+            yield key, f"{key}.{number}.patch_dropout: a ResNet has no patches; set it to 0, or choose a vit_* model"
+        if not stage.patch_dropout and views.at(stage) == views.model_copy(update={"curriculum": ()}):
+            yield key, f"{key}.{number}: has the full sizes; set another global_size, or patch_dropout, or remove it"
         if getattr(stage, "local_size", None) is not None and not getattr(views, "local_count", 0):
             yield key, f"{key}.{number}.local_size: has no effect while method.views.local_count = 0; remove it"
         for name in ("global_size", "local_size"):

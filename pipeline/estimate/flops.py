@@ -157,7 +157,11 @@ def fake_batch(views: Sequence[ViewSpec], samples: int, *, context: int = 0) -> 
     images: dict[str, list[Tensor]] = {}
     masks: dict[str, Masks] = {}
     boxes: dict[str, Boxes] = {}
+    kept: dict[str, Tensor] = {}
     for view in views:
+        if view.dropout is not None:
+            few = view.dropout.kept(math.prod(view.grid(view.dropout.patch)))
+            kept[view.name] = torch.empty(samples * view.count, few, dtype=torch.int64)
         images[view.name] = [torch.empty(samples, view.in_channels, *view.shape) for _ in range(view.count)]
         if view.mask is not None:
             rows, patches = samples * view.count, math.prod(view.grid(view.mask.patch))
@@ -180,6 +184,7 @@ def fake_batch(views: Sequence[ViewSpec], samples: int, *, context: int = 0) -> 
         tokens=torch.empty(samples, context, dtype=torch.int64) if context else None,
         captions=[""] * samples if context else None,
         boxes=boxes,
+        kept=kept,
     )
 
 

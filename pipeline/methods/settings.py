@@ -20,6 +20,7 @@ class MethodSettings(Settings):
 
     reads_text: ClassVar[bool] = False  # whether the method reads captions
     resizable: ClassVar[bool] = False  # whether views.curriculum applies: the method's views may change their size
+    drops_patches: ClassVar[bool] = False  # whether patch_dropout of these stages applies
     guidable: ClassVar[bool] = False  # whether the settings in guidance apply: the method trains one tower without captions
 
     name: str = Field(description="the method")

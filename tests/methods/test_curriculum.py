@@ -95,6 +95,58 @@ def test_a_grid_of_one_patch_has_nothing_to_mask() -> None:
         config("dinov2", **staged("dinov2", stages=[{"until": "2 steps", "global_size": 8}]), model={**MODEL, "patch_size": 8})
 
 
+DROPPING = sorted(name for name, settings in METHODS.items() if settings.drops_patches)
+
+
+def test_the_methods_that_drop_patches_have_no_use_for_them_all() -> None:
+    assert DROPPING == ["byol", "clip", "dino", "lejepa", "mocov2", "mocov3", "simclr"]
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_only_the_students_global_views_lose_patches(name: str) -> None:
+    stages = [{"until": "2 steps", "patch_dropout": 0.75}]
+    made = make_method(name, **staged(name, stages=stages))
+    seen: dict[str, list[int]] = {"student": [], "teacher": []}
+    towers = {"student": made.get_submodule("backbone")}
+    if made.teacher is not None:
+        towers["teacher"] = made.teacher.modules["backbone"]
+    for role, tower in towers.items():
+        block: Any = tower.get_submodule("vit.blocks.0")
+        block.register_forward_pre_hook(lambda _, given, role=role: seen[role].append(given[0].shape[1]))
+    made.views = made.curriculum[0].views
+    batch, patches = batch_at(made, 0), (SIDE // PATCH) ** 2
+    made.before_accumulation([batch], STEP)
+    total = torch.stack(list(made(batch, STEP).values())).sum()
+    total.backward()
+    assert bool(total.isfinite())
+    local = {1 + (LOCAL // PATCH) ** 2} if "local" in batch.views else set()
+    assert set(seen["student"]) == {1 + patches // 4} | local and set(seen["teacher"]) <= {1 + patches}
+    whole, fewer = (batch_at(make_method(name, **staged(name, stages=stages)), 0), batch)
+    assert whole.layout != fewer.layout and whole.sides == fewer.sides
+    assert any(fewer.kept["global" if name != "clip" else "image"] is one for one in fewer.tensors())
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "message"),
+    [
+        ("dinov2", MODEL, "patch_dropout: dinov2 uses all patches; set it to 0, or choose byol"),
+        ("coca", MODEL, "patch_dropout: coca uses all patches"),
+        ("byol", {"timm_name": "resnet18"}, "patch_dropout: a ResNet has no patches"),
+    ],
+)
+def test_patches_are_not_dropped_where_they_are_needed_or_absent(name: str, model: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config(name, **staged(name, stages=[{"until": "2 steps", "patch_dropout": 0.5}]), model=model)
+    assert message in str(caught.value)
+
+
+def test_dropped_patches_cost_nothing() -> None:
+    settings = config("simclr", **staged("simclr", stages=[{"until": "2 steps", "patch_dropout": 0.5}]))
+    fewer, full = counted_stages(settings)
+    assert fewer < 0.65 * full
+    assert settings.method.views.curriculum_text == "16 px without 50% of the patches until 2 steps, then 16 px"
+
+
 def test_stages_are_checked_against_the_size_of_an_epoch() -> None:
     settings = config("simclr", **staged("simclr"), train={"global_batch_size": 8, "precision": "fp32", "duration": "10 steps"})
     check_curriculum(settings, 40)

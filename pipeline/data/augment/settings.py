@@ -38,6 +38,13 @@ class CurriculumStage(Settings):
         description="side of a global crop in pixels, or [height, width] with the aspect ratio of views.global_size; null means "
         "views.global_size",
     )
+    patch_dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="fraction of the patches of each global view that the student does not see, drawn by sample and epoch; for "
+        "vision transformers. The teacher sees all patches",
+    )
 
 
 class MultiCropStage(CurriculumStage):
@@ -83,7 +90,9 @@ class ViewSettings(Settings):
     @property
     def curriculum_text(self) -> str:
         """The sizes of all stages, for people."""
-        stages = [f"{self.at(stage).sides_text} until {stage.until}" for stage in self.curriculum]
+        dropped = [f" without {stage.patch_dropout:.0%} of the patches" * (stage.patch_dropout > 0) for stage in self.curriculum]
+        sides = [self.at(stage).sides_text for stage in self.curriculum]
+        stages = [f"{a}{b} until {stage.until}" for a, b, stage in zip(sides, dropped, self.curriculum, strict=True)]
         return ", then ".join([*stages, self.sides_text])
 
 

@@ -233,6 +233,7 @@ class BatchStream:
             masks={
                 spec.name: self._masks(portion.masks[spec.name][:, rows], spec.mask) for spec in specs if spec.mask is not None
             },
+            kept={name: to_device(kept[:, rows].reshape(-1, kept.shape[-1])) for name, kept in portion.kept.items()},
             tokens=self._tokens(portion, rows),
             captions=[r.caption or "" for r in chosen],
             boxes=self._boxes(specs, plan),

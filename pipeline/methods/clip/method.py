@@ -45,7 +45,7 @@ class CLIP(Contrastive):
             scale=settings.init_logit_scale or INIT_SCALE[settings.loss],
             bias=settings.init_logit_bias if sigmoid else None,
         )
-        self.views, self.curriculum = one_view(settings), view_stages(settings, one_view)
+        self.views, self.curriculum = one_view(settings), view_stages(settings, one_view, patch=backbone.patch)
         if settings.image_pool == "attention":
             heads = backbone.vit.blocks[0].attn.num_heads
             self.pool: nn.Module | None = AttentionPoolLatent(backbone.width, num_heads=heads, mlp_ratio=4.0)
@@ -64,8 +64,8 @@ class CLIP(Contrastive):
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """L2-normalized features of images and captions."""
         s, images = self.settings, batch.views["image"][0]
-        keep = None
-        if self.training and s.patch_dropout > 0:
+        keep = batch.kept_patches("image")
+        if keep is None and self.training and s.patch_dropout > 0:
             patches = math.prod(grid_of(images.shape[-2:], self.backbone.patch))
             keep = random_keep(batch.numbers(), batch.position, patches, s.patch_dropout)
         with torch.set_grad_enabled(torch.is_grad_enabled() and "image" not in s.freeze):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.data.augment.operators import Augment
-from pipeline.data.augment.views import Batch, ViewSet, ViewSpec, ViewStage
+from pipeline.data.augment.views import Batch, PatchDropout, ViewSet, ViewSpec, ViewStage
 from pipeline.data.index.manifest import Manifest
 from pipeline.data.loader.encoded_batches import StepDataset
 from pipeline.data.loader.reader import Reader
@@ -96,6 +96,28 @@ def test_a_substituted_sample_has_the_views_of_its_stage(manifest: Manifest) -> 
     steps = taken(dataset)
     assert [batches[0].sides[0] for batches in steps.values()] == SIZES
     assert all(bool(view.isfinite().all()) for batches in steps.values() for view in batches[0].views["global"])
+
+
+def test_dropped_patches_follow_from_sample_and_epoch(manifest: Manifest) -> None:  # noqa: F811
+    dropped = (replace(SMALL[0], mask=None, dropout=PatchDropout(4, 0.5)), SMALL[1])
+    options: dict[str, Any] = {"stages": (dropped,), "ends": (6,)}
+    whole = taken(staged(manifest, **options))
+    kept = {step: batches[0].kept.get("global") for step, batches in whole.items()}
+    assert kept[6] is None and kept[7] is None
+    rows: dict[int, list[torch.Tensor]] = {}
+    for step in range(6):
+        chosen = kept[step]
+        assert chosen is not None and chosen.shape == (2 * BATCH, 8) and chosen.dtype == torch.int64
+        assert bool((chosen.diff(dim=1) > 0).all()) and int(chosen.min()) >= 0 and int(chosen.max()) < 16
+        assert not torch.equal(chosen[:BATCH], chosen[BATCH:])  # each view has its own
+        for row, number in enumerate(whole[step][0].ids):
+            rows.setdefault(number, []).append(chosen[row])
+    again = [drawn for drawn in rows.values() if len(drawn) > 1]
+    assert again and any(not torch.equal(*drawn[:2]) for drawn in again)  # another epoch has others
+    ranks = [taken(staged(manifest, world=2, rank=rank, **options), micro=2) for rank in range(2)]
+    for step in range(6):
+        micro = [batch.kept["global"].unflatten(0, (2, -1)) for rank in ranks for batch in rank[step]]
+        assert torch.equal(torch.cat(micro, dim=1).flatten(0, 1), kept[step])
 
 
 def test_mixed_resolutions_come_after_the_stages(manifest: Manifest) -> None:  # noqa: F811
