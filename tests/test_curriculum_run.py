@@ -37,7 +37,7 @@ def whole(staged: Path, shards: str, tmp_path_factory: pytest.TempPathFactory) -
     def make(folder: Path) -> None:
         done = train(staged, shards, folder / "run", *SETTINGS)
         assert done.returncode == 0, done.stderr + done.stdout
-        assert "views: 16 and 8 px until 3 steps, 24 and 16 px until 5 steps, then 32 and 16 px" in done.stdout
+        assert "views: 16 and 8 px until 3 steps, then 24 and 16 px until 5 steps, then 32 and 16 px" in done.stdout
 
     return made_once(tmp_path_factory, "staged", make) / "run"
 

@@ -295,8 +295,8 @@ def _sizes(config: Config) -> dict[str, Size | None]:
     if isinstance(views, MultiCropSettings) and local:
         sizes["method.views.local_size"] = views.local_size
     for number, stage in enumerate(views.curriculum):
-        names = ("global_size", "local_size") if local else ("global_size",)
-        sizes |= {f"method.views.curriculum.{number}.{name}": getattr(stage, name) for name in names}
+        own = ("global_size", "local_size") if local else ("global_size",)
+        sizes |= {f"method.views.curriculum.{number}.{name}": getattr(stage, name) for name in own}
     if isinstance(config.method, Dinov2Settings):
         sizes["method.gram_size"] = config.method.gram_size
         names = ("global_size", "local_size", "gram_size") if local else ("global_size", "gram_size")

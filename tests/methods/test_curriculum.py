@@ -156,10 +156,9 @@ def test_stages_are_checked_against_the_size_of_an_epoch() -> None:
         check_curriculum(settings, 80)
 
 
-def test_the_command_that_checks_a_config_prints_the_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "mine.yaml"
-    file.write_text("extends: simclr/cifar10_small\nmethod: {views: {curriculum: [{until: 3 epochs, global_size: 16}]}}\n")
-    config_check(str(file), ["data.shards=none.tar"])
+def test_the_command_that_checks_a_config_prints_the_stages(capsys: pytest.CaptureFixture[str]) -> None:
+    stages = "method.views.curriculum=[{until: 3 epochs, global_size: 16}]"
+    config_check("simclr/cifar10_small", ["data.shards=none.tar", stages])
     assert "views: 16 px until 3 epochs, then 32 px" in capsys.readouterr().out
 
 
