@@ -55,5 +55,7 @@ def config_check(config: shards.ConfigArgument, overrides: shards.Overrides = No
 
         check_columns(loaded.config)
     if loaded.config.method.views.curriculum:
-        print(f"views: {loaded.config.method.views.curriculum_text}")
+        from pipeline.data.augment.curriculum import curriculum_text
+
+        print(f"views: {curriculum_text(loaded.config.method.views)}")
     print(f"{loaded.source} is in order; fingerprint {fingerprint(loaded.config)[:12]}")

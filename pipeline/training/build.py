@@ -26,7 +26,7 @@ from pipeline.checkpoint.selection import newest
 from pipeline.checkpoint.writer import Checkpoints
 from pipeline.config.schema import Config
 from pipeline.config.validate import check_devices
-from pipeline.data.augment.curriculum import stage_ends
+from pipeline.data.augment.curriculum import curriculum_text, stage_ends
 from pipeline.data.indexing import open_storage
 from pipeline.data.inputs import Inputs
 from pipeline.data.loader.bad_samples import BadSamples
@@ -193,7 +193,7 @@ def assemble(
     if world.device.type == "cuda" or config.train.compile is True:
         logger.log(f"blocks are not compiled: {uncompiled}" if uncompiled else "blocks are compiled in the first steps")
     if method.curriculum:
-        logger.log(f"views: {config.method.views.curriculum_text}")
+        logger.log(f"views: {curriculum_text(config.method.views)}")
     share = config.train.global_batch_size // world.size
     flops = _step_flops(config, share) if uncompiled is None and world.rank == 0 else None
     micro = config.train.micro_batch_size or share

@@ -14,6 +14,7 @@ from launch.cli.estimate import bill, measure
 from launch.slurm.profile import ClusterProfile
 from pipeline.config.load import difference
 from pipeline.config.schema import METHODS, Config
+from pipeline.data.augment.curriculum import curriculum_text
 from pipeline.data.augment.settings import MultiCropSettings
 from pipeline.data.inputs import check_curriculum
 from pipeline.errors import ConfigError
@@ -61,7 +62,7 @@ def test_local_crops_and_rectangles_have_stages_of_their_own_sizes() -> None:
     made = build_method(config("byol", method={"views": {**views, "curriculum": stages}}))
     assert [(one.name, one.size) for one in made.curriculum[0].views] == [("global", (8, 16)), ("local", 16)]
     settings = MultiCropSettings.model_validate({**views, "curriculum": stages})
-    assert settings.curriculum_text == "8 x 16 and 16 px until 8, then 16 x 32 and 8 px"
+    assert curriculum_text(settings) == "8 x 16 and 16 px until 8, then 16 x 32 and 8 px"
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_dropped_patches_cost_nothing() -> None:
     settings = config("simclr", **staged("simclr", stages=[{"until": "2 steps", "patch_dropout": 0.5}]))
     fewer, full = counted_stages(settings)
     assert fewer < 0.65 * full
-    assert settings.method.views.curriculum_text == "16 px without 50% of the patches until 2 steps, then 16 px"
+    assert curriculum_text(settings.method.views) == "16 px without 50% of the patches until 2 steps, then 16 px"
 
 
 def test_stages_are_checked_against_the_size_of_an_epoch() -> None:

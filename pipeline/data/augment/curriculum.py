@@ -9,7 +9,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 
+from pipeline.config.sizes import size_text
 from pipeline.config.types import Length
+from pipeline.data.augment.settings import MultiCropSettings, ViewSettings
 from pipeline.errors import ConfigError
 
 
@@ -48,3 +50,17 @@ def stage_at(ends: Sequence[int], step: int) -> int:
         step: number of a step, from 0.
     """
     return bisect_right(ends, step)
+
+
+def curriculum_text(views: ViewSettings) -> str:
+    """The sizes of views in all stages and after them, for people."""
+    parts = []
+    for stage in views.curriculum:
+        dropped = f" without {stage.patch_dropout:.0%} of the patches" if stage.patch_dropout else ""
+        parts.append(f"{_sides(views.at(stage))}{dropped} until {stage.until}")
+    return ", then ".join([*parts, _sides(views)])
+
+
+def _sides(views: ViewSettings) -> str:
+    local = f" and {size_text(views.local_size)}" if isinstance(views, MultiCropSettings) and views.local_count else ""
+    return f"{size_text(views.global_size)}{local} px"

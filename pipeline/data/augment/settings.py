@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field
-from typing_extensions import override
 
-from pipeline.config.sizes import size_text
 from pipeline.config.types import ImageSize, Length, NonNegative, Probability, Settings, ShareRange
 
 
@@ -82,19 +80,6 @@ class ViewSettings(Settings):
         sizes = {name: size for name in ("global_size", "local_size") if (size := getattr(stage, name, None)) is not None}
         return self.model_copy(update={**sizes, "curriculum": ()})
 
-    @property
-    def sides_text(self) -> str:
-        """The full sizes, for people."""
-        return f"{size_text(self.global_size)} px"
-
-    @property
-    def curriculum_text(self) -> str:
-        """The sizes of all stages, for people."""
-        dropped = [f" without {stage.patch_dropout:.0%} of the patches" * (stage.patch_dropout > 0) for stage in self.curriculum]
-        sides = [self.at(stage).sides_text for stage in self.curriculum]
-        stages = [f"{a}{b} until {stage.until}" for a, b, stage in zip(sides, dropped, self.curriculum, strict=True)]
-        return ", then ".join([*stages, self.sides_text])
-
 
 class MultiCropSettings(ViewSettings):
     """Two global views and several small local ones."""
@@ -105,13 +90,6 @@ class MultiCropSettings(ViewSettings):
         default=(0.05, 0.32), description="smallest and largest fraction of the image's area in a local crop"
     )
     curriculum: tuple[MultiCropStage, ...] = Field(default=(), description=ViewSettings.model_fields["curriculum"].description)
-
-    @property
-    @override
-    def sides_text(self) -> str:
-        """Also the size of local views, if there are any."""
-        local = f" and {size_text(self.local_size)}" if self.local_count else ""
-        return f"{size_text(self.global_size)}{local} px"
 
 
 class AugmentSettings(Settings):
