@@ -54,4 +54,8 @@ def config_check(config: shards.ConfigArgument, overrides: shards.Overrides = No
         from pipeline.data.inputs import check_columns
 
         check_columns(loaded.config)
+    if loaded.config.method.views.curriculum:
+        from pipeline.data.augment.curriculum import curriculum_text
+
+        print(f"views: {curriculum_text(loaded.config.method.views)}")
     print(f"{loaded.source} is in order; fingerprint {fingerprint(loaded.config)[:12]}")

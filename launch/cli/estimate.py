@@ -13,7 +13,7 @@ from launch.terminal import Terminal
 from pipeline.config.schema import Config
 from pipeline.errors import ConfigError
 from pipeline.estimate import activations
-from pipeline.estimate.flops import counted
+from pipeline.estimate.flops import counted_run
 from pipeline.estimate.memory import FP32, Held, held
 from pipeline.runtime.gpus import gpus
 
@@ -63,7 +63,8 @@ def measure(config: Config) -> Sizes:
         },
         live=activations.counted(config),
         views=max(
-            sum(view.count * view.in_channels * math.prod(view.shape) * FP32 for view in one.views) for one in method.view_sets
+            sum(view.count * view.in_channels * math.prod(view.shape) * FP32 for view in one.views)
+            for one in method.all_view_sets
         ),
     )
 
@@ -194,7 +195,7 @@ class Bill:
     Attributes:
         steps: optimizer steps.
         samples: samples of the whole run.
-        gflop: GFLOP per sample.
+        gflop: GFLOP per sample, a mean over the run.
         rate: samples per second of all GPUs together.
         hours: duration of the run.
         gpu_hours: of all GPUs.
@@ -223,7 +224,7 @@ def bill(config: Config, site: ClusterProfile, *, ranks: int, efficiency: float,
         ranks: GPUs.
         efficiency: assumed share of that peak that a step reaches; not measured here.
         samples: samples per epoch; ``None`` counts those of the shards if the duration, or the interval of checkpoints or
-            snapshots, is in epochs.
+            snapshots or of a stage of the curriculum, is in epochs.
 
     Raises:
         ConfigError: the profile has no peak.
@@ -235,7 +236,8 @@ def bill(config: Config, site: ClusterProfile, *, ranks: int, efficiency: float,
             hint="Set it in TFLOP/s, such as 989 for an H100",
         )
     length, size = config.train.duration, None
-    lengths = (length, config.checkpoint.every, config.checkpoint.snapshot_every)
+    stages = (stage.until for stage in config.method.views.curriculum)
+    lengths = (length, config.checkpoint.every, config.checkpoint.snapshot_every, *stages)
     if samples is None and any(one is not None and one.unit == "epochs" for one in lengths):
         from pipeline.data.indexing import indexed
 
@@ -243,7 +245,7 @@ def bill(config: Config, site: ClusterProfile, *, ranks: int, efficiency: float,
         samples, size = manifest.total, int(manifest.shards.sizes.sum()) / max(manifest.total, 1)
     steps = length.steps(samples or 0, config.train.global_batch_size)
     total_samples = steps * config.train.global_batch_size
-    flop = counted(config)
+    flop = counted_run(config, samples or 0)
     rate = ranks * site.gpu_tflops * 1e12 * efficiency / flop
     hours = total_samples / rate / 3600
     price = None if site.gpu_hour_price is None else hours * ranks * site.gpu_hour_price

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 from pipeline.config.schema import METHODS, Config
-from pipeline.config.sizes import Size, grid_of, is_divisible, nearest_sizes
+from pipeline.config.sizes import Size, grid_of, height_width, is_divisible, nearest_sizes
+from pipeline.config.types import Length
 from pipeline.data.augment.settings import MultiCropSettings
 from pipeline.masking import NO_PASSWORD, UNPRINTABLE, has_password, printable, shown_address
 from pipeline.methods.dinov2.settings import Dinov2Settings
@@ -258,6 +259,7 @@ def _check_resnet(config: Config) -> Iterator[tuple[str, str]]:
 def _check_method(config: Config) -> Iterator[tuple[str, str]]:
     sizes = _sizes(config)
     yield from _check_rectangles(config)
+    yield from _check_curriculum(config)
     idle = [key for key, size in sizes.items() if size and "gram_size" in key]
     if idle and getattr(config.method, "gram_weight", 0) == 0:
         yield (
@@ -286,12 +288,15 @@ def _check_method(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _sizes(config: Config) -> dict[str, Size | None]:
-    """Sizes of the views of a method by dotted key, of all resolutions."""
+    """Sizes of the views of a method by dotted key, of all stages and resolutions."""
     views = config.method.views
     local = isinstance(views, MultiCropSettings) and views.local_count > 0
     sizes: dict[str, Size | None] = {"method.views.global_size": views.global_size}
     if isinstance(views, MultiCropSettings) and local:
         sizes["method.views.local_size"] = views.local_size
+    for number, stage in enumerate(views.curriculum):
+        own = ("global_size", "local_size") if local else ("global_size",)
+        sizes |= {f"method.views.curriculum.{number}.{name}": getattr(stage, name) for name in own}
     if isinstance(config.method, Dinov2Settings):
         sizes["method.gram_size"] = config.method.gram_size
         names = ("global_size", "local_size", "gram_size") if local else ("global_size", "gram_size")
@@ -301,8 +306,43 @@ def _sizes(config: Config) -> dict[str, Size | None]:
 
 
 def _setting(key: str) -> str:
-    """The setting that a file gives, for the key of a size: resolutions are a list."""
-    return "method.resolutions" if "resolutions" in key else key
+    """The setting that a file gives, for the key of a size: stages and resolutions are lists."""
+    lists = ("method.views.curriculum", "method.resolutions")
+    return next((name for name in lists if key.startswith(name)), key)
+
+
+def _check_curriculum(config: Config) -> Iterator[tuple[str, str]]:
+    """Checks the stages of sizes; how many steps they have is checked once the size of an epoch is known."""
+    views, duration, key = config.method.views, config.train.duration, "method.views.curriculum"
+    if views.curriculum and not config.method.resizable:
+        able = ", ".join(name for name, settings in METHODS.items() if settings.resizable)
+        yield key, f"{key}: the views of {config.method.name} have one size; leave it empty, or choose {able}"
+    before: Length | None = None
+    for number, stage in enumerate(views.curriculum):
+        until = f"{key}.{number}.until = {stage.until}"
+        if stage.until.amount == 0:
+            yield key, f"{until}: must be longer than 0"
+        if before is not None and before.unit == stage.until.unit and before.amount >= stage.until.amount:
+            yield key, f"{until}: must be later than the end of the stage before, {before}"
+        if stage.until.unit == duration.unit and stage.until.amount >= duration.amount:
+            yield key, f"{until}: leaves no step of the full size in train.duration = {duration}; end it earlier"
+        before = stage.until
+        if stage.patch_dropout and not config.method.drops_patches:
+            able = ", ".join(name for name, settings in METHODS.items() if settings.drops_patches)
+            yield key, f"{key}.{number}.patch_dropout: {config.method.name} uses all patches; set it to 0, or choose {able}"
+        elif stage.patch_dropout and "resnet" in (config.model.timm_name or ""):
+            yield key, f"{key}.{number}.patch_dropout: a ResNet has no patches; set it to 0, or choose a vit_* model"
+        if not stage.patch_dropout and views.at(stage) == views.model_copy(update={"curriculum": ()}):
+            yield key, f"{key}.{number}: has the full sizes; set another global_size, or patch_dropout, or remove it"
+        if getattr(stage, "local_size", None) is not None and not getattr(views, "local_count", 0):
+            yield key, f"{key}.{number}.local_size: has no effect while method.views.local_count = 0; remove it"
+        for name in ("global_size", "local_size"):
+            own = getattr(stage, name, None)
+            (height, width), (full_height, full_width) = (height_width(size or 1) for size in (own, getattr(views, name, None)))
+            if own is not None and height * full_width != width * full_height:
+                shown = own if isinstance(own, int) else list(own)
+                message = f"{key}.{number}.{name} = {shown}: has another aspect ratio than method.views.{name}, which is that of "
+                yield key, message + "the crops; choose sides in its proportion"
 
 
 def _check_rectangles(config: Config) -> Iterator[tuple[str, str]]:

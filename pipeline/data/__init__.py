@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.data.augment.operators import Augment
-    from pipeline.data.augment.views import TextSpec, ViewSpec
+    from pipeline.data.augment.views import TextSpec, ViewSpec, ViewStage
     from pipeline.data.shard_dataset import ShardDataset
     from pipeline.data.shard_loader import ShardLoader
     from pipeline.data.shard_source import ShardSource
     from pipeline.data.view_loader import ViewLoader
 
-__all__ = ["Augment", "ShardDataset", "ShardLoader", "ShardSource", "TextSpec", "ViewLoader", "ViewSpec"]
+__all__ = ["Augment", "ShardDataset", "ShardLoader", "ShardSource", "TextSpec", "ViewLoader", "ViewSpec", "ViewStage"]
 _MODULES = {
     "Augment": "augment.operators",
     "ShardDataset": "shard_dataset",
@@ -27,6 +27,7 @@ _MODULES = {
     "TextSpec": "augment.views",
     "ViewLoader": "view_loader",
     "ViewSpec": "augment.views",
+    "ViewStage": "augment.views",
 }
 
 

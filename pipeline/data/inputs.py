@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.schema import Config
+from pipeline.data.augment.curriculum import stage_ends
 from pipeline.data.augment.plan import PLAN_VERSION
 from pipeline.data.formats.channels import channels_identity
 from pipeline.data.index.manifest import Manifest
@@ -74,6 +75,7 @@ def prepare(config: Config, world: int, progress: Progress | None = None, *, reu
             hint=f"Choose a divisor of {batch // world}",
         )
     check_warmups(config, order.samples_per_epoch)
+    check_curriculum(config, order.samples_per_epoch)
     if not reuse:
         check_columns(config, train)
     inputs = Inputs(train, None, None, order, sources)
@@ -220,6 +222,27 @@ def check_warmups(config: Config, epoch_samples: int) -> None:
                 where=f"schedule.{name}.warmup = {curve.warmup}",
                 hint="Make it shorter, or train.duration longer",
             )
+
+
+def check_curriculum(config: Config, epoch_samples: int) -> None:
+    """Rejects a curriculum with a stage that has no steps, or in whose run no step has views of the full size.
+
+    Args:
+        config: the settings.
+        epoch_samples: samples of the training set.
+
+    Raises:
+        ConfigError: with the steps.
+    """
+    batch, lengths = config.train.global_batch_size, [stage.until for stage in config.method.views.curriculum]
+    steps = config.train.duration.steps(epoch_samples, batch)
+    ends = stage_ends(lengths, epoch_samples=epoch_samples, global_batch=batch)
+    if ends and ends[-1] >= steps:
+        raise ConfigError(
+            f"the last stage ends at step {ends[-1]} in a run of {steps}, so that no step has views of the full size",
+            where="method.views.curriculum",
+            hint="End it earlier, or make train.duration longer",
+        )
 
 
 def data_identity(inputs: Inputs) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from pipeline.data.augment.curriculum import stage_ends
 from pipeline.data.augment.dali import Hue
-from pipeline.data.augment.views import Batch, TextSpec, ViewSpec
+from pipeline.data.augment.views import Batch, TextSpec, ViewSpec, ViewStage
 from pipeline.data.library import Units, integer
 from pipeline.data.loader.batch_stream import BatchStream, StreamOptions
 from pipeline.data.loader.encoded_batches import StepDataset
@@ -30,6 +31,7 @@ class ViewLoader(ResumableLoader):
     Args:
         shards: as for :class:`pipeline.data.ShardDataset`, which also documents the arguments that are not listed here.
         views: the views of each sample, by name.
+        curriculum: the views before these, stage by stage, with the same names and counts but other sizes.
         text: how to tokenize captions; ``None`` for no tokens.
         device: where batches go; a GPU if there is one.
         num_workers: processes that read.
@@ -56,6 +58,7 @@ class ViewLoader(ResumableLoader):
         shards: str | os.PathLike[str] | Sequence[str] = (),
         *,
         views: Sequence[ViewSpec],
+        curriculum: Sequence[ViewStage] = (),
         global_batch_size: int,
         seed: int = 0,
         batch_size: int | None = None,
@@ -86,7 +89,15 @@ class ViewLoader(ResumableLoader):
             bad_samples=bad_samples,
             **options,
         )
-        self.views, self.text = tuple(view.of_channels(self.dataset.source.settings.channels) for view in views), text
+        channels = self.dataset.source.settings.channels
+        self.views, self.text = tuple(view.of_channels(channels) for view in views), text
+        self._stages = [tuple(view.of_channels(channels) for view in stage.views) for stage in curriculum]
+        names = [(view.name, view.count) for view in self.views]
+        if any([(view.name, view.count) for view in stage] != names for stage in self._stages):
+            raise ConfigError(
+                "a stage has other views than the end", where="ViewLoader.curriculum", hint="Change the sizes of views only"
+            )
+        self._lengths = [stage.until for stage in curriculum]
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._workers, self._threads = integer("num_workers", num_workers), integer("threads", threads, 1)
         self._prefetch, self._hue = integer("prefetch", prefetch), hue
@@ -116,6 +127,13 @@ class ViewLoader(ResumableLoader):
             rank=ranks.rank,
             text=self.text,
             sources=source.sources,
+            stages=self._stages,
+            ends=stage_ends(
+                self._lengths,
+                epoch_samples=source.order.samples_per_epoch,
+                global_batch=source.order.global_batch,
+                where="ViewLoader.curriculum",
+            ),
         )
         prefetcher = self.dataset.prefetcher(ranks)
         stream = BatchStream(

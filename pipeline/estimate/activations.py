@@ -90,7 +90,7 @@ def counted(config: Config) -> Activations:
     Captions count with their maximum number of tokens. Terms quadratic in the batch size, such as logits of pairs, are left
     out.
     """
-    largest = max((_counted(config, number) for number in range(len(_method(config).view_sets))), key=lambda one: one.each)
+    largest = max((_counted(config, number) for number in range(len(_method(config).all_view_sets))), key=lambda one: one.each)
     if not config.train.activation_checkpointing:
         return largest
     # The block that is being recomputed holds at that time what all blocks would have held.
@@ -118,7 +118,7 @@ def alive(config: Config, samples: int, number: int = 0) -> tuple[int, int]:
             network.to_empty(device="cpu")
         method.extra_state = {name: torch.empty_like(tensor, device="cpu") for name, tensor in method.extra_state.items()}
         context = method.text.context if method.text else 0
-        batch = fake_batch(method.view_sets[number].views, samples, context=context)
+        batch = fake_batch(method.all_view_sets[number].views, samples, context=context)
         with mock.patch.dict(os.environ, {"FOVEA_KERNELS": "torch"}), Alive() as tracker:
             with torch.no_grad():
                 method.before_accumulation([batch], Step())

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config.schema import Config
 from pipeline.config.sizes import Size, height_width
+from pipeline.data.augment.curriculum import stage_ends
 from pipeline.data.augment.views import Batch, Boxes, Masks, ViewSpec
 from pipeline.methods.base import Step
 from pipeline.methods.registry import build_method
+from pipeline.methods.settings import MethodSettings
 
 _SAMPLES = 8
 
@@ -61,12 +64,57 @@ def _attention_backward(
 
 def counted(config: Config, samples: int = _SAMPLES) -> float:
     """FLOPs of one sample in one step: teacher, student and its backward pass, heads and losses. If steps use views of several
-    sizes, their mean.
+    sizes, their mean; with a curriculum that of the steps after it.
 
     Args:
         config: the method and its model.
         samples: batch size to count with, rounded up to whole groups if the method compares samples in groups; terms that grow
             with the batch size are for this one.
+    """
+    return counted_stages(config.replace(method=_without_curriculum(config)), samples)[-1]
+
+
+def counted_stages(config: Config, samples: int = _SAMPLES) -> list[float]:
+    """As :func:`counted`, of each stage of the curriculum and of the steps after it."""
+    sets = counted_sets(config, samples)
+    last = sets[len(config.method.views.curriculum) :]
+    mean = sum(one.weight * one.flops for one in last) / sum(one.weight for one in last)
+    return [*(one.flops for one in sets[: -len(last)]), mean]
+
+
+def counted_run(config: Config, epoch_samples: int) -> float:
+    """As :func:`counted`, of a mean step of the whole run.
+
+    Args:
+        config: the settings.
+        epoch_samples: samples of the training set; without effect if no length is in epochs.
+    """
+    batch, lengths = config.train.global_batch_size, [stage.until for stage in config.method.views.curriculum]
+    ends = stage_ends(lengths, epoch_samples=epoch_samples, global_batch=batch)
+    steps = max(config.train.duration.steps(epoch_samples, batch), 1)
+    edges = [0, *(min(end, steps) for end in ends), steps]
+    counts = [end - begin for begin, end in itertools.pairwise(edges)]
+    return sum(count * flops for count, flops in zip(counts, counted_stages(config), strict=True)) / steps
+
+
+@dataclass(frozen=True)
+class SetFlops:
+    """FLOPs of a sample with one set of views.
+
+    Attributes:
+        layout: as of the batches, see :attr:`pipeline.data.augment.views.Batch.layout`.
+        weight: how often a step uses the set, relative to those that a step may use instead.
+        flops: of one sample in one step.
+    """
+
+    layout: Hashable
+    weight: float
+    flops: float
+
+
+def counted_sets(config: Config, samples: int = _SAMPLES) -> list[SetFlops]:
+    """As :func:`counted`, of each of the method's sets of views: those of the curriculum's stages, then those of the steps after
+    it.
     """
     samples = round_to_groups(config, samples)
     with torch.device("meta"):  # constructors read tensor values, which fake tensors do not have
@@ -75,16 +123,21 @@ def counted(config: Config, samples: int = _SAMPLES) -> float:
         for network in (method, *(method.teacher.modules.values() if method.teacher is not None else ())):
             network.to_empty(device="cpu")
         method.extra_state = {name: torch.empty_like(tensor, device="cpu") for name, tensor in method.extra_state.items()}
-        total = 0.0
-        for one in method.view_sets:
+        sets = []
+        for one in method.all_view_sets:
             batch = fake_batch(one.views, samples, context=method.text.context if method.text else 0)
             with flop_counter() as counter:
                 with torch.no_grad():
                     method.before_accumulation([batch], Step())
                 terms = method(batch, Step())
                 torch.stack([term.float() for term in terms.values()]).sum().backward()
-            total += one.weight * counter.get_total_flops()
-    return total / samples / sum(one.weight for one in method.view_sets)
+            sets.append(SetFlops(batch.layout, one.weight, counter.get_total_flops() / samples))
+    return sets
+
+
+def _without_curriculum(config: Config) -> MethodSettings:
+    method = config.method
+    return method.model_copy(update={"views": method.views.model_copy(update={"curriculum": ()})})
 
 
 def round_to_groups(config: Config, samples: int) -> int:
@@ -104,7 +157,11 @@ def fake_batch(views: Sequence[ViewSpec], samples: int, *, context: int = 0) -> 
     images: dict[str, list[Tensor]] = {}
     masks: dict[str, Masks] = {}
     boxes: dict[str, Boxes] = {}
+    kept: dict[str, Tensor] = {}
     for view in views:
+        if view.dropout is not None:
+            few = view.dropout.kept(math.prod(view.grid(view.dropout.patch)))
+            kept[view.name] = torch.empty(samples * view.count, few, dtype=torch.int64)
         images[view.name] = [torch.empty(samples, view.in_channels, *view.shape) for _ in range(view.count)]
         if view.mask is not None:
             rows, patches = samples * view.count, math.prod(view.grid(view.mask.patch))
@@ -127,6 +184,7 @@ def fake_batch(views: Sequence[ViewSpec], samples: int, *, context: int = 0) -> 
         tokens=torch.empty(samples, context, dtype=torch.int64) if context else None,
         captions=[""] * samples if context else None,
         boxes=boxes,
+        kept=kept,
     )
 
 

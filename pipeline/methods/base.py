@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.augment.views import Batch, TextSpec, ViewSet, ViewSpec
+from pipeline.data.augment.views import Batch, TextSpec, ViewSet, ViewSpec, ViewStage
 from pipeline.data.channel_settings import ChannelSettings
 from pipeline.methods.ema_teacher import Teacher
 from pipeline.methods.health_metrics import HealthMetrics
@@ -60,6 +60,7 @@ class Method(nn.Module, ABC):
 
     Attributes:
         views: views that the data pipeline must produce, in the sizes used for evaluation and export.
+        curriculum: the views at the beginning of the run, stage by stage; after it, steps use ``view_sets``.
         text: how the data pipeline tokenizes captions, or ``None`` if the method reads none. Must agree with
             ``MethodSettings.reads_text``.
         couples_batch: whether the loss of a sample depends on other samples of its (micro-)batch, so that gradient
@@ -75,6 +76,7 @@ class Method(nn.Module, ABC):
     """
 
     views: tuple[ViewSpec, ...] = ()
+    curriculum: tuple[ViewStage, ...] = ()
     text: TextSpec | None = None
     couples_batch: bool = False
 
@@ -93,9 +95,17 @@ class Method(nn.Module, ABC):
         """The sets of views of which each step draws one; only ``views``, unless the method mixes resolutions."""
         return (ViewSet(self.views),)
 
+    @property
+    def all_view_sets(self) -> tuple[ViewSet, ...]:
+        """Every set of views of the run: those of the curriculum's stages, then ``view_sets``."""
+        return (*(ViewSet(stage.views) for stage in self.curriculum), *self.view_sets)
+
     def of_channels(self, settings: ChannelSettings | None) -> Self:
         """Lets the views be of images with the channels of ``data.channels``, normalized as it says; returns the method."""
         self.views = tuple(view.of_channels(settings) for view in self.views)
+        self.curriculum = tuple(
+            replace(stage, views=tuple(view.of_channels(settings) for view in stage.views)) for stage in self.curriculum
+        )
         return self
 
     def before_accumulation(self, batches: Sequence[Batch], step: Step) -> None:

@@ -34,6 +34,9 @@ def build_method(config: Config) -> Method:
     if channels is not None:
         config = config.replace(model=config.model.model_copy(update={"in_channels": channels.count}))
     method: Method = package.build(config, config.method)
+    if len(method.curriculum) != len(config.method.views.curriculum):
+        hint = "Leave it empty, or let the method set Method.curriculum"
+        raise ConfigError(f"{name} has no stages of views", where="method.views.curriculum", hint=hint)
     return guided(adapted(method.of_channels(channels), config.adapt), config.guidance)
 
 

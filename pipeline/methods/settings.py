@@ -12,13 +12,15 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pipeline.config.types import Length, Positive, Settings
-from pipeline.data.augment.settings import AugmentSettings, MultiCropSettings, ViewSettings
+from pipeline.data.augment.settings import AugmentSettings, CurriculumStage, MultiCropSettings, ViewSettings
 
 
 class MethodSettings(Settings):
     """Base class of every method's settings; subclasses narrow ``name`` to a literal and are registered."""
 
     reads_text: ClassVar[bool] = False  # whether the method reads captions
+    resizable: ClassVar[bool] = False  # whether views.curriculum applies: the method's views may change their size
+    drops_patches: ClassVar[bool] = False  # whether patch_dropout of these stages applies
     guidable: ClassVar[bool] = False  # whether the settings in guidance apply: the method trains one tower without captions
 
     name: str = Field(description="the method")
@@ -46,6 +48,10 @@ class MethodSettings(Settings):
         if not isinstance(self.views, MultiCropSettings) and self.augment.local_blur_probability != default:
             raise ValueError("augment.local_blur_probability has no effect: the method has no local crops; leave it out")
         return self
+
+    def at_stage(self, stage: CurriculumStage) -> Self:
+        """These settings with the sizes of views in a stage of ``views.curriculum``."""
+        return self.model_copy(update={"views": self.views.at(stage)})
 
     @property
     def last_layer_freeze(self) -> Length:
@@ -79,6 +85,8 @@ def register(name: str) -> Callable[[R], R]:
 
 class OneViewSettings(MethodSettings):
     """Base settings of methods that see one crop of nearly the whole image, with its caption."""
+
+    resizable: ClassVar[bool] = True
 
     views: ViewSettings = Field(default=ViewSettings(global_scale=(0.9, 1.0)), description="crop size and scale")
     augment: AugmentSettings = Field(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from pipeline.checkpoint.selection import newest
 from pipeline.checkpoint.writer import Checkpoints
 from pipeline.config.schema import Config
 from pipeline.config.validate import check_devices
+from pipeline.data.augment.curriculum import curriculum_text, stage_ends
 from pipeline.data.indexing import open_storage
 from pipeline.data.inputs import Inputs
 from pipeline.data.loader.bad_samples import BadSamples
@@ -37,7 +38,7 @@ from pipeline.data.loader.reader import Reader
 from pipeline.data.order.order import Order
 from pipeline.data.storage import Storage
 from pipeline.errors import CheckpointError, ConfigError, NonFiniteError
-from pipeline.estimate.flops import counted
+from pipeline.estimate.flops import counted_sets
 from pipeline.evaluation.runner import Evaluations, Show
 from pipeline.methods.base import Method
 from pipeline.methods.registry import build_seeded_method
@@ -194,6 +195,8 @@ def assemble(
     uncompiled = prepare_towers(method, config, world.device, before=compiled_before)
     if world.device.type == "cuda" or config.train.compile is True:
         logger.log(f"blocks are not compiled: {uncompiled}" if uncompiled else "blocks are compiled in the first steps")
+    if method.curriculum:
+        logger.log(f"views: {curriculum_text(config.method.views)}")
     share = config.train.global_batch_size // world.size
     flops = _step_flops(config, share) if uncompiled is None and world.rank == 0 else None
     micro = config.train.micro_batch_size or share
@@ -231,6 +234,8 @@ def assemble(
         text=method.text,
         sources=inputs.sources,
         sets=method.view_sets,
+        stages=[stage.views for stage in method.curriculum],
+        ends=_stage_ends(method, inputs.order),
     )
     options = StreamOptions(
         micro_batch=micro,
@@ -310,6 +315,12 @@ def assemble(
     )
 
 
+def _stage_ends(method: Method, order: Order) -> tuple[int, ...]:
+    """First step after each stage of the curriculum."""
+    lengths = [stage.until for stage in method.curriculum]
+    return stage_ends(lengths, epoch_samples=order.samples_per_epoch, global_batch=order.global_batch)
+
+
 def _reader(config: Config, inputs: Inputs, store: Storage) -> Reader:
     """Reads training samples, and the columns of metadata that guide the method."""
     checksum = config.data.verify_checksums
@@ -318,10 +329,12 @@ def _reader(config: Config, inputs: Inputs, store: Storage) -> Reader:
     return Reader(inputs.train, wants=("image", "label", "caption"), checksum=checksum, store=store)
 
 
-def _step_flops(config: Config, samples: int) -> float:
-    """FLOPs of a step of a rank, counted on tensors without values: compiled blocks cannot be counted while they run."""
+def _step_flops(config: Config, samples: int) -> dict[Hashable, float]:
+    """FLOPs of a step of a rank by the layout of its batches, counted on tensors without values, since compiled blocks cannot be
+    counted while they run.
+    """
     with torch.random.fork_rng(devices=[]):
-        return counted(config) * samples
+        return {one.layout: one.flops * samples for one in counted_sets(config)}
 
 
 def _sheets(run: RunDirectory, journal: Journal) -> Show:

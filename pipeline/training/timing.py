@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -60,7 +60,7 @@ class Phases:
         watchdog: receives the current phase.
         peak: TFLOP/s of the device for MFU, ``None`` for no MFU.
         count: whether FLOPs are counted in the first step; disabled for compiled blocks, which the counter would run uncompiled.
-        flops: FLOPs of a step of this rank, if they are known without counting.
+        flops: FLOPs of a step of this rank by the size of its work, see :meth:`counted`, if they are known without counting.
         clock: seconds on the host; a CUDA device has events.
     """
 
@@ -71,7 +71,7 @@ class Phases:
         peak: float | None = None,
         *,
         count: bool = True,
-        flops: float | None = None,
+        flops: Mapping[Hashable, float] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.watchdog, self._world, self._peak = watchdog, world, peak
@@ -80,7 +80,7 @@ class Phases:
         self._totals: Counter[str] = Counter()
         self._steps = 0
         self._flops: dict[tuple[str, Hashable], int] | None = {} if count else None
-        self._known_flops = flops
+        self._known_flops = flops or {}
         self._calls: Counter[tuple[str, Hashable]] = Counter()
 
     def enter(self, phase: str, step: int | None = None) -> None:
@@ -139,12 +139,14 @@ class Phases:
         step = sum(parts.values())
         values = {"step_seconds": step, **parts}
         values |= {f"{name}_seconds": self._totals[phase] for phase, name in _ASIDE.items() if self._totals[phase]}
-        work = self._known_flops
-        if self._flops:
-            requests: Counter[str] = Counter()
-            for (name, _), calls in self._calls.items():
-                requests[name] += calls
-            work = sum(self._flops.get(key, 0) * calls / requests[key[0]] for key, calls in self._calls.items())
+        requests: Counter[str] = Counter()
+        for (name, _), calls in self._calls.items():
+            requests[name] += calls
+        work = 0.0
+        for (name, size), calls in self._calls.items():
+            # Known FLOPs are those of all parts of a step, which are called equally often.
+            known = self._known_flops.get(size, 0.0) / len(requests)
+            work += (self._flops.get((name, size), 0) if self._flops else known) * calls / requests[name]
         if work and step > 0:
             achieved = work / step / 1e12
             values["tflops_per_rank"] = achieved

@@ -280,9 +280,9 @@ class Trainer:
             Loss terms, means over the micro-batches; whether the step was applied; gradient norms.
         """
         self.phases.enter(COMPUTE)
-        view_sizes = micro_batches[0].sides
-        self.phases.counted(self.engine.before_accumulation, 1, view_sizes)(micro_batches, step)
-        forward_backward = self.phases.counted(self.engine.forward_backward, len(micro_batches), view_sizes)
+        layout = micro_batches[0].layout
+        self.phases.counted(self.engine.before_accumulation, 1, layout)(micro_batches, step)
+        forward_backward = self.phases.counted(self.engine.forward_backward, len(micro_batches), layout)
         terms = _mean([forward_backward(batch, step) for batch in micro_batches])
         finite = torch.stack(list(terms.values())).isfinite().all()
         self.phases.enter(STEP)

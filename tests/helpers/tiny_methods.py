@@ -21,7 +21,7 @@ from torch import Tensor
 from pipeline import losses
 from pipeline.config.load import load
 from pipeline.config.schema import METHODS, Config
-from pipeline.data.augment.masks import block_masks, mask_counts
+from pipeline.data.augment.masks import block_masks, kept_patches, mask_counts
 from pipeline.data.augment.views import Batch, Boxes, Masks
 from pipeline.methods.base import Method, Step
 from pipeline.methods.registry import build_method
@@ -88,7 +88,7 @@ def make_method(name: str, seed: int = 0, **changes: Any) -> Method:
 def batch_at(made: Method, index: int, rows: slice = slice(None), samples: int = SAMPLES) -> Batch:
     """The global batch of a step as the method asks for it, or some of its rows."""
     numbers = list(range(samples))[rows]
-    views, masks, boxes = {}, {}, {}
+    views, masks, boxes, kept = {}, {}, {}, {}
     for spec in made.views:
         # A view is a scene of its picture: otherwise there is nothing to be learnt.
         common = _noise(f"{index}", samples, 3, spec.size, spec.size)
@@ -97,12 +97,18 @@ def batch_at(made: Method, index: int, rows: slice = slice(None), samples: int =
         if spec.boxes:
             corners = torch.tensor([0.0, 0.0, spec.size, spec.size]).expand(len(numbers), 4)
             boxes[spec.name] = Boxes([corners] * spec.count, [torch.zeros(len(numbers), dtype=torch.bool)] * spec.count)
+        if spec.dropout is not None:
+            ids = np.array([index * samples + n for n in numbers], dtype=np.uint64)
+            epochs, patches = np.zeros(len(ids), dtype=np.int64), (spec.size // spec.dropout.patch) ** 2
+            each = [kept_patches(ids, epochs, patches, spec.dropout, 1, view) for view in range(spec.count)]
+            kept[spec.name] = torch.from_numpy(np.concatenate(each))
         if spec.mask is not None:
             masks[spec.name] = _masks(spec.mask, spec.count, spec.size // spec.mask.patch, samples, index, rows)
     return Batch(
         views=views,
         masks=masks,
         boxes=boxes,
+        kept=kept,
         labels=torch.full((len(numbers),), -1),
         keys=[str(n) for n in numbers],
         ids=[index * samples + n for n in numbers],

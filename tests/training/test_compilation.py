@@ -108,6 +108,22 @@ def test_the_losses_of_a_step_trace_without_a_break(name: str) -> None:
     assert not reasons
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "stage"), [("dinov2", {"global_size": 12}), ("simclr", {"global_size": 12}), ("byol", {"patch_dropout": 0.5})]
+)
+def test_blocks_are_compiled_once_in_each_stage_of_a_curriculum(name: str, stage: dict[str, Any], graphs: list[Any]) -> None:
+    views = {**TINY[name]["views"], "curriculum": [{"until": "3 steps", **stage}]}
+    method, made = make_method(name, method={"views": views}).train(), []
+    full = method.views
+    assert compile_blocks(method) > 0
+    for index in range(6):
+        method.views = method.curriculum[0].views if index < 3 else full
+        _step(method, _with_capacity(method, batch_at(method, index)), index)
+        made.append(len(graphs))
+    assert 0 < made[0] == made[1] == made[2] < made[3] == made[4] == made[5] <= 2 * made[0], made
+
+
 def _tower(depth: int = 3, **changes: Any) -> VisionTower:
     torch.manual_seed(0)
     settings = ModelSettings(embed_dim=16, depth=depth, num_heads=2, patch_size=4, **changes)

@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from nvidia.dali import fn, math, pipeline_def, tensors, types
 from nvidia.dali.pipeline import do_not_convert
 
@@ -27,7 +26,7 @@ from pipeline.config.sizes import height_width
 from pipeline.data.augment.dali_hue import Turn, as_bytes, turn_hue, turned_at_once, turned_channels
 from pipeline.data.augment.hue import turn_hues
 from pipeline.data.augment.plan import ViewPlan
-from pipeline.data.augment.view_groups import Group, groups_of, noise_of
+from pipeline.data.augment.view_groups import NOISE, Group, groups_of, input_of
 from pipeline.data.augment.views import ChannelSpec, ViewSpec
 
 Hue = Literal["hsv", "yiq", "off"]
@@ -282,8 +281,6 @@ def _channel_dropout(x: Any, inputs: _Inputs, mean: Any, std: Any) -> Any:
     return mean + (x - mean) * inputs.vector("channel_kept")
 
 
-NOISE = "noise"
-"""Name of the input that holds the noise of each sample, which :func:`noise_of` makes from its seed."""
 _CHANNEL_COLOURS: dict[str, Callable[..., Any]] = {
     "jitter": _channel_jitter,
     "gray": _channel_gray,
@@ -404,24 +401,36 @@ class Augmenter:
     def __init__(
         self, *sets: tuple[ViewSpec, ...], batch_size: int, threads: int = 1, device_id: int | None = None, hue: Hue = "hsv"
     ) -> None:
-        self._sets = {specs: groups_of(specs) for specs in sets}
         self._device_id = device_id
         # Of earlier runs: an event, and what is read until then.
         self._in_use: deque[tuple[torch.cuda.Event | None, Any]] = deque()
-        self._pipelines = {
-            group: self._build(group, batch_size * len(group.views), threads, device_id, hue)
-            for group in dict.fromkeys(group for groups in self._sets.values() for group in groups)
-        }
+        self._pipelines: dict[Group, tuple[Any, list[str]]] = {}
+        self._make = partial(self._build, samples=batch_size, threads=threads, device_id=device_id, hue=hue)
+        self.use(*sets)
+
+    def use(self, *sets: tuple[ViewSpec, ...]) -> None:
+        """Changes the sets: keeps the pipelines that they share with those before, builds the others, and releases the rest with
+        its memory.
+
+        On a GPU it waits until the calling thread's current stream has read what the pipelines made.
+        """
+        if self._device_id is not None and self._pipelines:
+            torch.cuda.current_stream(self._device_id).synchronize()
+        self._in_use.clear()
+        self._sets = {specs: groups_of(specs) for specs in sets}
+        groups = dict.fromkeys(group for groups in self._sets.values() for group in groups)
+        self._pipelines = {group: pipeline for group, pipeline in self._pipelines.items() if group in groups}
+        self._pipelines = {group: self._pipelines.get(group) or self._make(group) for group in groups}
 
     @staticmethod
-    def _build(group: Group, batch_size: int, threads: int, device_id: int | None, hue: str) -> tuple[Any, list[str]]:
-        """Builds the graph of a group; returns it with the names of the plan arrays that it reads."""
+    def _build(group: Group, *, samples: int, threads: int, device_id: int | None, hue: str) -> tuple[Any, list[str]]:
+        """Builds the graph of a group for up to so many samples; returns it with the names of the plan arrays that it reads."""
         pool = ThreadPoolExecutor(threads, "fovea-hue") if hue == "hsv" and device_id is None and threads > 1 else None
         jitters = group.channels is None and any(name == "jitter" for name, _ in group.operators)
         turn = fused_hue(device_id) if device_id is not None and hue == "hsv" and jitters else None
         inputs = _Inputs(hue, "cpu" if device_id is None else "gpu", read=[], pool=pool, turn=turn)
         options: dict[str, Any] = {
-            "batch_size": batch_size,
+            "batch_size": samples * len(group.views),
             "num_threads": threads,
             "device_id": device_id,
             "prefetch_queue_depth": 1,
@@ -460,7 +469,7 @@ class Augmenter:
         for group, pipeline, names in pipelines:
             pipeline.feed_input("images", fed * len(group.views), **options)
             for name in names:
-                pipeline.feed_input(name, self._fed(group, name, arrays))
+                pipeline.feed_input(name, input_of(group, name, arrays))
             pipeline.schedule_run()
         made: dict[int, torch.Tensor] = {}
         read: list[Any] = [fed]
@@ -475,15 +484,6 @@ class Augmenter:
         self._hold(stream, read)
         numbers = iter(range(len(plan)))
         return {spec.name: [made[next(numbers)] for _ in range(spec.count)] for spec in specs}
-
-    @staticmethod
-    def _fed(group: Group, name: str, arrays: list[dict[str, NDArray[Any]]]) -> Any:
-        """An input of a graph, for all of its views one after the other."""
-        if name == NOISE and group.channels is not None:
-            shape = (*height_width(group.size), group.channels.count)
-            views = [arrays[view] for view in group.views]
-            return [one for view in views for one in noise_of(view["noise_sigma"], view["noise_seed"], shape)]
-        return np.ascontiguousarray(np.concatenate([arrays[view][name] for view in group.views]))
 
     def _hold(self, stream: torch.cuda.Stream | None, read: list[Any]) -> None:
         """Holds what a run reads, images and buffers of the pipelines, until its copies on the stream have ended.

@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.augment.views import MaskSpec
+from pipeline.data.augment.views import MaskSpec, PatchDropout
 from pipeline.data.order.random import permutation, uniforms
 
 MIN_AREA = 4.0
@@ -59,6 +59,25 @@ def mask_capacity(rows: int, crops: int, patches: int, spec: MaskSpec) -> tuple[
     deviation = float(counts.std()) * (rows * (crops - rows) / max(crops - 1, 1)) ** 0.5
     usual = rows * float(counts.mean()) + _DEVIATIONS * deviation
     return min(-int(-usual // _MULTIPLE) * _MULTIPLE, most), most
+
+
+def kept_patches(
+    ids: NDArray[np.uint64], epochs: NDArray[np.int64], patches: int, spec: PatchDropout, *key: int
+) -> NDArray[np.int64]:
+    """Draws the patches of each crop that are not dropped.
+
+    Args:
+        ids: ``[n]`` uint64 sample ids.
+        epochs: ``[n]`` epoch of each sample.
+        patches: patches of a crop.
+        spec: the fraction to drop.
+        key: integers that identify the draw, such as ``(seed, stream)``.
+
+    Returns:
+        int64 ``[n, kept]``, ascending. A row depends only on its own id and epoch and the key.
+    """
+    draws = uniforms(ids, patches, *key, epochs=epochs)
+    return np.sort(draws.argsort(1, kind="stable")[:, : spec.kept(patches)], axis=1).astype(np.int64)
 
 
 def block_masks(counts: NDArray[np.int64], height: int, width: int, ids: NDArray[np.uint64], *key: int) -> NDArray[np.bool_]:

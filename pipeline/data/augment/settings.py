@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from pipeline.config.types import ImageSize, NonNegative, Probability, Settings, ShareRange
+from pipeline.config.types import ImageSize, Length, NonNegative, Probability, Settings, ShareRange
 
 
 def _one_or_more(value: object) -> object:
@@ -27,6 +27,34 @@ GLOBAL_VIEWS = 2
 """Global views of an image in methods that compare views."""
 
 
+class CurriculumStage(Settings):
+    """Sizes of views in a stretch of the run, before the full ones."""
+
+    until: Length = Field(description="where the stage ends, counted from the start of the run, such as 30 epochs")
+    global_size: ImageSize | None = Field(
+        default=None,
+        description="side of a global crop in pixels, or [height, width] with the aspect ratio of views.global_size; null means "
+        "views.global_size",
+    )
+    patch_dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="fraction of the patches of each global view that the student does not see, drawn by sample and epoch; for "
+        "vision transformers. The teacher sees all patches",
+    )
+
+
+class MultiCropStage(CurriculumStage):
+    """Sizes of global and local views in a stretch of the run."""
+
+    local_size: ImageSize | None = Field(
+        default=None,
+        description="side of a local crop in pixels, or [height, width] with the aspect ratio of views.local_size; null means "
+        "views.local_size",
+    )
+
+
 class ViewSettings(Settings):
     """Global views of an image: random crops, resized to one size."""
 
@@ -41,6 +69,16 @@ class ViewSettings(Settings):
         description="resize interpolation of crops: bicubic (CLIP, DINO, DINOv2, BYOL) or bilinear (the code of MoCo, SLIP and "
         "DetailCLIP)",
     )
+    curriculum: tuple[CurriculumStage, ...] = Field(
+        default=(),
+        description="sizes of views at the beginning of the run, stage by stage; after the last stage, and in evaluations and "
+        "exports, they have the sizes above. The crops are the same, only resized to other sizes",
+    )
+
+    def at(self, stage: CurriculumStage) -> Self:
+        """These settings with the sizes of a stage, and no stages."""
+        sizes = {name: size for name in ("global_size", "local_size") if (size := getattr(stage, name, None)) is not None}
+        return self.model_copy(update={**sizes, "curriculum": ()})
 
 
 class MultiCropSettings(ViewSettings):
@@ -51,6 +89,7 @@ class MultiCropSettings(ViewSettings):
     local_scale: ShareRange = Field(
         default=(0.05, 0.32), description="smallest and largest fraction of the image's area in a local crop"
     )
+    curriculum: tuple[MultiCropStage, ...] = Field(default=(), description=ViewSettings.model_fields["curriculum"].description)
 
 
 class AugmentSettings(Settings):

@@ -8,9 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config.sizes import Size
+from pipeline.config.sizes import Size, height_width
 from pipeline.data.augment.operators import CHANNEL_OPERATORS, OPERATORS
 from pipeline.data.augment.views import ChannelSpec, Normalize, ViewSpec
+
+NOISE = "noise"
+"""Name of the input that holds the noise of each sample, which :func:`noise_of` makes from its seed."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,21 @@ def groups_of(specs: tuple[ViewSpec, ...]) -> list[Group]:
         )
         groups.append(Group(tuple(members), size, normalize, interpolation, operators, channels, used))
     return groups
+
+
+def input_of(group: Group, name: str, arrays: list[dict[str, NDArray[Any]]]) -> Any:
+    """An input of a group's graph, for all of its views one after the other.
+
+    Args:
+        group: the views.
+        name: the array of the plan, or :data:`NOISE`.
+        arrays: the plan's arrays, for each view of the method.
+    """
+    if name == NOISE and group.channels is not None:
+        shape = (*height_width(group.size), group.channels.count)
+        views = [arrays[view] for view in group.views]
+        return [one for view in views for one in noise_of(view["noise_sigma"], view["noise_seed"], shape)]
+    return np.ascontiguousarray(np.concatenate([arrays[view][name] for view in group.views]))
 
 
 def noise_of(sigmas: NDArray[np.float32], seeds: NDArray[np.uint32], shape: tuple[int, int, int]) -> list[NDArray[np.float32]]:

@@ -6,14 +6,16 @@ or depends on a method.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.config.sizes import Size, grid_of, height_width
+from pipeline.config.types import Length
 from pipeline.data.augment.operators import Augment
 from pipeline.data.channel_settings import ChannelSettings
 from pipeline.data.formats.composite import default_shown
+from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,6 +99,23 @@ class MaskSpec:
 
 
 @dataclass(frozen=True)
+class PatchDropout:
+    """Patches of a view that the student does not see.
+
+    Attributes:
+        patch: patch side in pixels.
+        fraction: fraction of the patches of each crop that are dropped; at least one stays.
+    """
+
+    patch: int
+    fraction: float
+
+    def kept(self, patches: int) -> int:
+        """Number of patches of a crop that stay."""
+        return max(1, int(patches * (1 - self.fraction) + 1e-9))
+
+
+@dataclass(frozen=True)
 class ViewSpec:
     """Specification of one kind of view of a method.
 
@@ -111,6 +130,7 @@ class ViewSpec:
         crop_ratio: minimum and maximum width/height of the crop, relative to that of the view.
         augment: one per view, cycled when there are fewer than ``count`` (asymmetric augmentations of BYOL and DINO).
         mask: block masks to draw for each view, if the method masks patches.
+        dropout: which patches the student does not see, if any are dropped.
         normalize: mean and standard deviation; CLIP has its own.
         boxes: whether the batch includes the crop boxes.
         interpolation: bicubic, or bilinear as in the code of MoCo and SLIP; both antialiased.
@@ -128,6 +148,7 @@ class ViewSpec:
     centre: float = 1.0
     position: float = 0.5
     mask: MaskSpec | None = None
+    dropout: PatchDropout | None = None
     normalize: Normalize = Normalize()
     boxes: bool = False
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
@@ -168,6 +189,29 @@ class ViewSet:
 
     views: tuple[ViewSpec, ...]
     weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class ViewStage:
+    """The views of a stretch of the run, before those that the method has in the end.
+
+    Attributes:
+        views: the same as in the end, except for their sizes.
+        until: where the stage ends, counted from the start of the run; text such as ``3 epochs`` becomes a :class:`Length`.
+
+    Raises:
+        ConfigError: this is not a length.
+    """
+
+    views: tuple[ViewSpec, ...]
+    until: Length | str | int
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "until", Length.parse(self.until))
+        except ValueError as error:
+            message = f"{self.until!r} is not the end of a stage: it {error}"
+            raise ConfigError(message, where="ViewStage.until", hint="Write a length such as '3 epochs'") from None
 
 
 @dataclass(frozen=True)
@@ -236,6 +280,8 @@ class Batch:
         seed: seed of what a method draws on the device for this micro-batch, so that it can be drawn again.
         id_tensor: int64 ``[batch]``, ``ids`` on the device; see :meth:`numbers`.
         text_ends: position of each caption's end token, on the host, where a size depends on it.
+        kept: for each view name with a ``PatchDropout`` int64 ``[views * batch, kept]``, crop-major: the patches that the student
+            sees, ascending.
         columns: for each column of metadata that is read int64 ``[batch]``, the number of the sample's value, -1 without one.
     """
 
@@ -252,6 +298,12 @@ class Batch:
     id_tensor: Tensor | None = None
     text_ends: list[int] | None = None
     columns: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+    def kept_patches(self, name: str, view: int | None = None) -> Tensor | None:
+        """The patches that the student sees of all views of a name, or of one of them, ``[batch, kept]``; ``None`` for all."""
+        kept = self.kept.get(name)
+        return kept if kept is None or view is None else kept.unflatten(0, (len(self.views[name]), -1))[view]
 
     def numbers(self) -> Tensor:
         """``ids`` as int64 ``[batch]`` on the device, loaded with the batch: a list becomes a tensor only by a blocking copy."""
@@ -273,6 +325,12 @@ class Batch:
         if self.id_tensor is not None:
             yield self.id_tensor
         yield from self.columns.values()
+        yield from self.kept.values()
+
+    @property
+    def layout(self) -> Hashable:
+        """What the work of a micro-batch depends on: equal for steps with views of the same sizes and numbers of patches."""
+        return self.sides, tuple((name, kept.shape[1]) for name, kept in self.kept.items())
 
     @property
     def sides(self) -> tuple[Size, ...]:

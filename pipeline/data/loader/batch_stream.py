@@ -96,8 +96,9 @@ class BatchStream:
         device_id = device.index or 0 if device.type == "cuda" else None
         self._copies = DeviceCopies(device)
         self._decoder = decoder_of(dataset.reader.manifest.fields, threads=options.threads, device_id=device_id)
+        self._sets = dataset.sets_at(first)
         self._augmenter = Augmenter(
-            *(one.views for one in dataset.sets),
+            *(one.views for one in self._sets),
             batch_size=options.micro_batch,
             threads=options.threads,
             device_id=device_id,
@@ -217,7 +218,10 @@ class BatchStream:
 
     def _micro(self, portion: RankBatch, records: list[Record], images: list[Any], rows: slice) -> Batch:
         plan: list[ViewPlan] = [view.take(rows) for view in portion.plan]
-        specs = self._dataset.specs_at(portion.step)
+        specs, sets = self._dataset.specs_at(portion.step), self._dataset.sets_at(portion.step)
+        if sets is not self._sets:  # a stage begins
+            self._sets = sets
+            self._augmenter.use(*(one.views for one in sets))
         views = self._augmenter.run(images[rows], plan, specs)
         chosen, to_device = records[rows], self._copies.to_device
         return Batch(
@@ -229,6 +233,7 @@ class BatchStream:
             masks={
                 spec.name: self._masks(portion.masks[spec.name][:, rows], spec.mask) for spec in specs if spec.mask is not None
             },
+            kept={name: to_device(kept[:, rows].reshape(-1, kept.shape[-1])) for name, kept in portion.kept.items()},
             tokens=self._tokens(portion, rows),
             captions=[r.caption or "" for r in chosen],
             boxes=self._boxes(specs, plan),

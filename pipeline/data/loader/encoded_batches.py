@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data import storage
-from pipeline.data.augment.masks import block_masks, mask_counts
+from pipeline.data.augment.curriculum import stage_at
+from pipeline.data.augment.masks import block_masks, kept_patches, mask_counts
 from pipeline.data.augment.plan import ViewPlan, make_plan, set_of_step
-from pipeline.data.augment.views import MaskSpec, TextSpec, ViewSet, ViewSpec
+from pipeline.data.augment.views import MaskSpec, PatchDropout, TextSpec, ViewSet, ViewSpec
 from pipeline.data.loader.reader import Reader, Record
 from pipeline.data.loader.text import choose, tokenizer
 from pipeline.data.order.order import GlobalBatch, Source
@@ -32,6 +33,7 @@ from pipeline.errors import FoveaError
 from pipeline.runtime.process_pool import adopt
 
 _MASK_STREAM = 1_000_003
+_DROPOUT_STREAM = 3_000_017
 _REPLACEMENTS = 3
 _log = logging.getLogger(__name__)
 
@@ -62,6 +64,7 @@ class RankBatch:
         usage: storage counters of reading it, see :meth:`pipeline.data.storage.Storage.usage`.
         tokens: int64 ``[n, context]``, if text is requested.
         counts: samples of each data set, as ``seen/<name>``.
+        kept: for each view name whose patches are dropped int64 ``[count, n, kept]``, those that are not.
     """
 
     step: int
@@ -72,6 +75,7 @@ class RankBatch:
     usage: dict[str, float] = field(default_factory=dict)
     tokens: NDArray[np.int64] | None = None
     counts: dict[str, int] = field(default_factory=dict)
+    kept: dict[str, NDArray[np.int64]] = field(default_factory=dict)
 
 
 class StepDataset(Dataset[RankBatch]):
@@ -87,6 +91,8 @@ class StepDataset(Dataset[RankBatch]):
         text: how to tokenize captions, if the method reads them.
         sources: the data sets, for counting; empty counts nothing.
         sets: views of several sizes, of which each step uses one set; empty means ``specs`` at every step.
+        stages: the views of each stage of a curriculum, before these sets.
+        ends: first step after each stage, see :func:`pipeline.data.augment.curriculum.stage_ends`.
     """
 
     def __init__(
@@ -101,18 +107,26 @@ class StepDataset(Dataset[RankBatch]):
         text: TextSpec | None = None,
         sources: Sequence[Source] = (),
         sets: Sequence[ViewSet] = (),
+        stages: Sequence[tuple[ViewSpec, ...]] = (),
+        ends: Sequence[int] = (),
     ) -> None:
         self.reader, self.order, self.specs = reader, order, specs
-        self.sets = tuple(sets) or (ViewSet(specs),)
+        self._sets = [*((ViewSet(views),) for views in stages), tuple(sets) or (ViewSet(specs),)]
+        self._stage_ends = tuple(ends)
         self.seed, self.world, self.rank = seed, world, rank
         self.text, self._names = text, [source.name for source in sources]
         self._ends = np.cumsum([source.shards for source in sources])
         if text is not None:
             tokenizer(text)  # fails here rather than in a worker
 
+    def sets_at(self, step: int) -> tuple[ViewSet, ...]:
+        """Returns the sets of views that steps of a step's stage may use; the same tuple for all steps of a stage."""
+        return self._sets[stage_at(self._stage_ends, step)]
+
     def specs_at(self, step: int) -> tuple[ViewSpec, ...]:
         """Returns the views of a step, the same on every rank."""
-        return self.sets[set_of_step(self.sets, step, seed=self.seed)].views
+        sets = self.sets_at(step)
+        return sets[set_of_step(sets, step, seed=self.seed)].views
 
     def __getitem__(self, step: int) -> RankBatch:
         """Reads and plans one step."""
@@ -131,7 +145,12 @@ class StepDataset(Dataset[RankBatch]):
             if spec.mask is not None
         }
         tokens = tokenizer(self.text)([record.caption or "" for record in records]) if self.text is not None else None
-        return RankBatch(step, records, batch.epochs, plan, masks, usage, tokens, self._counts(batch.ids))
+        kept = {
+            spec.name: self._kept(spec, spec.dropout, _DROPOUT_STREAM + 64 * number, batch)
+            for number, spec in enumerate(specs)
+            if spec.dropout is not None
+        }
+        return RankBatch(step, records, batch.epochs, plan, masks, usage, tokens, self._counts(batch.ids), kept)
 
     def with_caption(self, record: Record, epoch: int) -> Record:
         """Returns the sample with the caption chosen for an epoch."""
@@ -153,6 +172,12 @@ class StepDataset(Dataset[RankBatch]):
         rank_counts = counts[self.rank * share : (self.rank + 1) * share]
         return np.stack(
             [block_masks(rank_counts[:, v], rows, columns, ids, self.seed, stream, step, v) for v in range(spec.count)]
+        )
+
+    def _kept(self, spec: ViewSpec, dropout: PatchDropout, stream: int, batch: GlobalBatch) -> NDArray[np.int64]:
+        rows, columns = spec.grid(dropout.patch)
+        return np.stack(
+            [kept_patches(batch.ids, batch.epochs, rows * columns, dropout, self.seed, stream + v) for v in range(spec.count)]
         )
 
 

@@ -19,7 +19,7 @@ from pipeline.data.augment.views import Batch
 from pipeline.methods.base import Step
 from pipeline.methods.clip.settings import ClipSettings
 from pipeline.methods.shared.contrastive import Contrastive, caption_tokens, random_keep, unit
-from pipeline.methods.shared.crops import one_view
+from pipeline.methods.shared.crops import one_view, view_stages
 from pipeline.models.text_weights import load_text
 from pipeline.models.tokens import Tokens
 from pipeline.models.vision import VisionTower, build_tower
@@ -45,7 +45,7 @@ class CLIP(Contrastive):
             scale=settings.init_logit_scale or INIT_SCALE[settings.loss],
             bias=settings.init_logit_bias if sigmoid else None,
         )
-        self.views = one_view(settings)
+        self.views, self.curriculum = one_view(settings), view_stages(settings, one_view, patch=backbone.patch)
         if settings.image_pool == "attention":
             heads = backbone.vit.blocks[0].attn.num_heads
             self.pool: nn.Module | None = AttentionPoolLatent(backbone.width, num_heads=heads, mlp_ratio=4.0)
@@ -64,8 +64,8 @@ class CLIP(Contrastive):
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """L2-normalized features of images and captions."""
         s, images = self.settings, batch.views["image"][0]
-        keep = None
-        if self.training and s.patch_dropout > 0:
+        keep = batch.kept_patches("image")
+        if keep is None and self.training and s.patch_dropout > 0:
             patches = math.prod(grid_of(images.shape[-2:], self.backbone.patch))
             keep = random_keep(batch.numbers(), batch.position, patches, s.patch_dropout)
         with torch.set_grad_enabled(torch.is_grad_enabled() and "image" not in s.freeze):

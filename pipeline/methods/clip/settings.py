@@ -115,6 +115,8 @@ class ContrastiveSettings(MethodSettings):
 class ClipSettings(OneViewSettings, ContrastiveSettings):
     """CLIP (arXiv 2103.00020), and with ``loss: sigmoid`` SigLIP (arXiv 2303.15343)."""
 
+    drops_patches: ClassVar[bool] = True
+
     name: Literal["clip"] = Field(default="clip", description="the method")
     loss: Literal["softmax", "sigmoid"] = Field(default="softmax", description="softmax (CLIP) or sigmoid (SigLIP) loss")
     init_logit_scale: Positive | None = Field(

@@ -20,7 +20,7 @@ from pipeline.methods.base import Step
 from pipeline.methods.coca.settings import CocaSettings
 from pipeline.methods.shared.captioning import average_count, caption_nll, prediction_mask
 from pipeline.methods.shared.contrastive import Contrastive, caption_tokens, unit
-from pipeline.methods.shared.crops import one_view
+from pipeline.methods.shared.crops import one_view, view_stages
 from pipeline.models.captions import CaptionTower, Pooler
 from pipeline.models.vision import VisionTower, build_tower
 
@@ -39,7 +39,7 @@ class CoCa(Contrastive):
     def __init__(self, backbone: VisionTower, settings: CocaSettings) -> None:
         super().__init__(backbone, settings, scale=1 / 0.07)
         t, sizes = settings.text, settings.text.sizes
-        self.views = one_view(settings)
+        self.views, self.curriculum = one_view(settings), view_stages(settings, one_view)
         self.text_tower = CaptionTower(
             width=sizes.width,
             depth=sizes.depth,

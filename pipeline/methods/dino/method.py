@@ -66,7 +66,7 @@ class DINO(TwoViews):
         s, locals_ = self.settings, batch.views.get("local", [])
         globals_ = torch.cat(batch.views["global"])
         targets = self._targets(globals_, step)
-        seen = self.backbone(globals_, patches="none").cls
+        seen = self.student(globals_, batch)
         samples, cls = len(seen) // 2, [seen]
         if locals_:
             cls.append(self.backbone(torch.cat(locals_), local=True, patches="none").cls)

@@ -31,7 +31,7 @@ from pipeline.methods.base import Method, Step, kept
 from pipeline.methods.dinov2.settings import Dinov2Settings
 from pipeline.methods.ema_teacher import Teacher
 from pipeline.methods.health_metrics import distillation_health
-from pipeline.methods.shared.crops import multi_crop
+from pipeline.methods.shared.crops import multi_crop, view_stages
 from pipeline.methods.shared.frozen import Frozen
 from pipeline.models.groups import ParameterGroup, parameter_groups
 from pipeline.models.heads import PrototypeHead
@@ -66,6 +66,7 @@ class DINOv2(Method):
             settings.koleo_weight > 0 and settings.koleo_group_size is None
         ) or settings.target_batch == "micro"  # all other terms are exact under accumulation, see before_accumulation
         self.views = dinov2_views(settings, patch=backbone.patch)
+        self.curriculum = view_stages(settings, partial(dinov2_views, patch=backbone.patch))
         self._sets = tuple(ViewSet(dinov2_views(settings.at(r), patch=backbone.patch), r.weight) for r in settings.resolutions)
         self.backbone = backbone
         self.dino_head = prototype_head(backbone.width, settings)

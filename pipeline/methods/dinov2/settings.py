@@ -42,6 +42,7 @@ class Resolution(Settings):
 class Dinov2Settings(MethodSettings):
     """DINOv2 (arXiv 2304.07193): self-distillation of class and patch tokens."""
 
+    resizable: ClassVar[bool] = True
     guidable: ClassVar[bool] = True
 
     name: Literal["dinov2"] = Field(default="dinov2", description="the method")

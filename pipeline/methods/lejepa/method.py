@@ -53,7 +53,7 @@ class LeJEPA(TwoViews):
     def features(self, batch: Batch) -> tuple[Tensor, ...]:
         """Projections ``[b, out]`` of each view, the global ones first, fp32."""
         large, small = batch.views["global"], batch.views.get("local", [])
-        tokens = [self.backbone(torch.cat(large), patches="none").cls]
+        tokens = [self.student(torch.cat(large), batch)]
         if small:
             tokens.append(self.backbone(torch.cat(small), local=True, patches="none").cls)
         projected: Tensor = self.projector(torch.cat(tokens)).float()

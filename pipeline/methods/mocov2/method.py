@@ -56,7 +56,7 @@ class MoCoV2(TwoViews):
         with torch.no_grad(), self.teacher.batch_statistics():
             projected = {g: projector(backbone(large[g], patches="none").cls) for g in ((0, 1) if small else (1,))}
             keys = {g: F.normalize(key.float(), dim=1) for g, key in projected.items()}
-        queries = [self.projector(self.backbone(view, patches="none").cls) for view in (large if small else large[:1])]
+        queries = [self.projector(self.student(view, batch, number)) for number, view in enumerate(large if small else large[:1])]
         local = [self.projector(self.backbone(view, local=True, patches="none").cls) for view in small]
         pairs = [(q, keys[1 - i]) for i, q in enumerate(queries)] + [(q, key) for q in local for key in keys.values()]
         terms = [losses.queue_contrast(q, key, self.extra_state["queue"], self.settings.temperature) for q, key in pairs]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
-from typing import Any, Literal
+from dataclasses import fields, replace
+from typing import Any, Literal, TypeVar
 
 from pipeline.config.sizes import shortest_side
 from pipeline.data.augment.operators import Augment
-from pipeline.data.augment.settings import GLOBAL_VIEWS, AugmentSettings, MultiCropSettings
+from pipeline.data.augment.settings import GLOBAL_VIEWS, AugmentSettings, CurriculumStage, MultiCropSettings
 from pipeline.data.augment.views import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -16,10 +16,14 @@ from pipeline.data.augment.views import (
     OPENAI_STD,
     MaskSpec,
     Normalize,
+    PatchDropout,
     ViewSpec,
+    ViewStage,
 )
-from pipeline.methods.settings import OneViewSettings
+from pipeline.errors import ConfigError
+from pipeline.methods.settings import MethodSettings, OneViewSettings
 
+_S = TypeVar("_S", bound=MethodSettings)
 _KERNEL = 9  # of DINOv2's blur, pixels
 NORMALIZE = {
     "openai": Normalize(OPENAI_MEAN, OPENAI_STD),
@@ -102,6 +106,34 @@ def multi_crop(
             )
         )
     return tuple(views)
+
+
+def view_stages(settings: _S, views: Callable[[_S], tuple[ViewSpec, ...]], *, patch: int | None = None) -> tuple[ViewStage, ...]:
+    """The stages of ``views.curriculum``, each with the views that the method would have if these sizes were the full ones.
+
+    Args:
+        settings: the method's settings.
+        views: returns the method's views for its settings.
+        patch: patch side in pixels of a tower whose patches can be dropped.
+
+    Raises:
+        ConfigError: a stage drops patches, and there are none that can be.
+    """
+
+    def dropping(stage: CurriculumStage) -> tuple[ViewSpec, ...]:
+        specs = views(settings.at_stage(stage))
+        if not stage.patch_dropout:
+            return specs
+        if patch is None:
+            raise ConfigError(
+                "the method or its backbone has no patches to drop",
+                where="method.views.curriculum",
+                hint="Set patch_dropout to 0, or choose a vision transformer and a method that drops patches",
+            )
+        first = replace(specs[0], dropout=PatchDropout(patch, stage.patch_dropout))  # the global views
+        return (first, *specs[1:])
+
+    return tuple(ViewStage(dropping(stage), stage.until) for stage in settings.views.curriculum)
 
 
 def one_view(s: OneViewSettings) -> tuple[ViewSpec, ...]:

@@ -12,7 +12,7 @@ from pipeline.data.augment.views import Batch, ViewSpec
 from pipeline.methods.base import Method, Step
 from pipeline.methods.ema_teacher import Teacher
 from pipeline.methods.health_metrics import RANK_COLLAPSE, HealthMetrics
-from pipeline.methods.shared.crops import multi_crop
+from pipeline.methods.shared.crops import multi_crop, view_stages
 from pipeline.methods.shared.two_views_settings import RepelSettings, TwoViewSettings
 from pipeline.models.groups import ParameterGroup, parameter_groups
 from pipeline.models.mlps import PairClassifier
@@ -33,7 +33,8 @@ class TwoViews(Method):
     def __init__(self, backbone: Tower, settings: TwoViewSettings, *, out: int) -> None:
         super().__init__()
         self.settings = settings
-        self.views = two_views(settings)
+        patch = backbone.patch if isinstance(backbone, VisionTower) else None
+        self.views, self.curriculum = two_views(settings), view_stages(settings, two_views, patch=patch)
         self.backbone = backbone
         if isinstance(backbone, VisionTower):
             backbone.mask_token.requires_grad_(False)  # used by other methods only: it never gets a gradient here
@@ -65,9 +66,19 @@ class TwoViews(Method):
         Each view has its own forward pass, as in MoCo v3 and BYOL, so that batch norm sees one view at a time.
         """
         net = nn.Sequential(*heads)
-        large: list[Tensor] = [net(self.backbone(view, patches="none").cls) for view in batch.views["global"]]
+        large: list[Tensor] = [net(self.student(view, batch, number)) for number, view in enumerate(batch.views["global"])]
         small: list[Tensor] = [net(self.backbone(view, local=True, patches="none").cls) for view in batch.views.get("local", ())]
         return large, small
+
+    def student(self, images: Tensor, batch: Batch, view: int | None = None) -> Tensor:
+        """The student's class tokens of all global views of a batch, ``[views * batch, width]``, or of one, without the patches
+        that are dropped.
+        """
+        kept = batch.kept_patches("global", view)
+        # A ResNet has no patches, and no such argument.
+        tokens = self.backbone(images, patches="none") if kept is None else self.backbone(images, keep=kept, patches="none")
+        cls: Tensor = tokens.cls
+        return cls
 
     def lr_multipliers(self) -> dict[nn.Parameter, float]:
         """Learning-rate multipliers of parameters outside the backbone; 1 for all that are not in it."""

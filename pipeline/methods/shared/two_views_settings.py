@@ -31,6 +31,8 @@ class RepelSettings(Settings):
 class TwoViewSettings(MethodSettings):
     """Base settings of the methods with two global views."""
 
+    resizable: ClassVar[bool] = True
+    drops_patches: ClassVar[bool] = True
     guidable: ClassVar[bool] = True
 
     views: MultiCropSettings = Field(default=PAIR, description="crop sizes and counts")

@@ -56,7 +56,7 @@ class SimCLR(TwoViews):
         if self.settings.batch_norm_per_view:
             first, second = (view.float() for view in self.project(batch, self.projector)[0])
             return first, second
-        both = self.projector(self.backbone(torch.cat(batch.views["global"]), patches="none").cls).float()
+        both = self.projector(self.student(torch.cat(batch.views["global"]), batch)).float()
         first, second = both.chunk(2)
         return first, second
 

@@ -21,7 +21,7 @@ from pipeline.data.augment.views import Batch, TextSpec
 from pipeline.methods.base import Method, Step
 from pipeline.methods.shared.captioning import average_count, caption_nll, prediction_mask
 from pipeline.methods.shared.contrastive import caption_tokens, random_keep
-from pipeline.methods.shared.crops import one_view
+from pipeline.methods.shared.crops import one_view, view_stages
 from pipeline.methods.simvlm.settings import SimvlmSettings
 from pipeline.models.captions import PrefixLanguageModel, last_position
 from pipeline.models.groups import ParameterGroup, parameter_groups
@@ -39,7 +39,7 @@ class SimVLM(Method):
     def __init__(self, backbone: VisionTower, settings: SimvlmSettings) -> None:
         super().__init__()
         self.settings = settings
-        self.views = one_view(settings)
+        self.views, self.curriculum = one_view(settings), view_stages(settings, one_view)
         self.text = TextSpec(settings.text.tokenizer, settings.text.context_length)
         sizes = settings.text.sizes
         self.backbone = backbone
