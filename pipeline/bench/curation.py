@@ -6,6 +6,7 @@ The network that embeds is trained here too: SimCLR on the set itself for duplic
 from __future__ import annotations
 
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -421,6 +422,28 @@ def markdown(results: Sequence[CurationResult], machine: Mapping[str, str], comm
         head = _COLUMNS[stage]
         rows = [[result.row.get(name, "") for name in head] for result in own if not result.failed]
         table = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)] if rows else []
+        if stage == "scale":
+            table += _growth([result.row for result in own if not result.failed])
         parts += [_TITLES[stage], "", *table, "", *(line(result) for result in own if result.failed), ""]
     about = ", ".join(f"{name} {value}" for name, value in machine.items())
     return "\n".join(["# Curation", "", *parts, f"`{command}`", "", about, ""])
+
+
+def _growth(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """What the last two sizes let expect of a billion embeddings; nothing for fewer sizes."""
+    if len(rows) < 2:
+        return []
+    sizes = [int(row["embeddings"].partition("x")[0].replace(" ", "")) for row in rows[-2:]]
+    (cpu, more_cpu), (memory, more_memory), (_, disk) = (
+        [float(row[name]) for row in rows[-2:]] for name in ("CPU seconds", "peak memory, GB", "disk, GB")
+    )
+    power = math.log(more_cpu / cpu) / math.log(sizes[1] / sizes[0])
+    times = 1e9 / sizes[1]
+    per_million = (more_memory - memory) / (sizes[1] - sizes[0]) * 1e6
+    hours, held = more_cpu * times**power / 3600, more_memory + per_million * (1e9 - sizes[1]) / 1e6
+    return [
+        "",
+        f"Between the last two sizes CPU time grows with the exponent {power:.2f}, memory by {per_million:.2f} GB for a million. "
+        f"On paper, a billion embeddings take {hours:,.0f} CPU hours, {disk * times / 1000:.1f} TB of disk and {held:,.0f} GB of "
+        "memory.",
+    ]

@@ -76,6 +76,18 @@ def test_recall_and_losses_are_counted_by_group() -> None:
     assert truth.removed_of["crop"] == 0.5 and truth.removed_of["rotated"] == 0.0
 
 
+def test_the_growth_of_the_last_two_sizes_is_carried_on_to_a_billion() -> None:
+    def row(size: str, cpu: str, peak: str, disk: str) -> CurationResult:
+        cells = {"embeddings": f"{size} x 384", "clusters": "1", "CPU seconds": cpu, "seconds": "1"}
+        return CurationResult("scale", cells | {"peak memory, GB": peak, "disk, GB": disk})
+
+    rows = [row("100 000", "1", "1.0", "0.1"), row("1 000 000", "36", "1.5", "2.0"), row("10 000 000", "720", "3.3", "20.0")]
+    text = markdown(rows, {}, "fovea bench curation scale")
+    assert "with the exponent 1.30, memory by 0.20 GB for a million" in text
+    assert "take 80 CPU hours, 2.0 TB of disk and 201 GB of memory" in text
+    assert "billion" not in markdown(rows[:1], {}, "")
+
+
 def test_the_scale_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
     (result,) = measure(["scale"], Folders(tmp_path), seeds=[0], sizes=[3000])
     assert not result.failed and float(result.row["peak memory, GB"]) > 0
