@@ -55,9 +55,10 @@ if _tracker is None:
     del sys.modules["mlflow"]
 
 # Each engine imports DeepSpeed's Muon, unused here, whose decorators would load torch's compiler: a CPU second of each start.
-_compile, compiler.compile = compiler.compile, lambda: lambda function: function
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402
-
+_compile = getattr(compiler, "compile", None)
+compiler.compile = lambda: lambda function: function
+with contextlib.suppress(ImportError):  # a version without it
+    import deepspeed.runtime.zero.muon.muon_optimizer
 compiler.compile = _compile
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
