@@ -64,6 +64,13 @@ def enter(app: typer.Typer, command: Sequence[str]) -> None:
                 help="JSON column that features are to carry, such as an organ; may be repeated.",
             ),
         ] = None,
+        replay: Annotated[
+            str | None,
+            typer.Option(metavar="SHARDS", help="Old shards that are shown along, so that less is forgotten."),
+        ] = None,
+        replay_share: Annotated[
+            float, typer.Option(min=0.01, max=0.99, help="Share of the samples that are old ones, with --replay.")
+        ] = 0.5,
         interpolate: Annotated[
             float | None,
             typer.Option(
@@ -86,14 +93,15 @@ def enter(app: typer.Typer, command: Sequence[str]) -> None:
 
         fovea adapt '/data/cells/*.tar' --from timm:vit_small_patch14_dinov2.lvd142m --config-only
 
-        fovea adapt '/data/cells/*.tar' --from runs/scenes_vit_tiny
+        fovea adapt '/data/cells/*.tar' --from runs/scenes_vit_tiny --replay 'runs/scenes/*train-*.tar'
 
         fovea adapt '/data/cells/*.tar' --from runs/scenes_vit_tiny --discourage scanner --encourage stain
         """
         columns = tuple((name, "discourage") for name in discourage or ()) + tuple(
             (name, "encourage") for name in encourage or ()
         )
-        options = AdaptOptions(train.value, interpolate, only_config, columns)
+        old = (replay, replay_share) if replay is not None else None
+        options = AdaptOptions(train.value, interpolate, only_config, columns, old)
         raise typer.Exit(run(shards_, weights, to, overrides or (), options, command=command))
 
 
@@ -106,12 +114,14 @@ class AdaptOptions:
         interpolate: share of the way from the start to the result of the weights that are exported in the end.
         only_config: write the config and do not train.
         columns: columns of metadata, each with ``discourage`` or ``encourage``.
+        replay: pattern of old shards that are shown along, and their share of the samples.
     """
 
     train: str = "all"
     interpolate: float | None = None
     only_config: bool = False
     columns: tuple[tuple[str, str], ...] = ()
+    replay: tuple[str, float] | None = None
 
 
 def run(
@@ -149,6 +159,7 @@ def run(
         columns=options.columns,
         command=command,
         progress=_indexing,
+        replay=options.replay,
     )
     for note in prepared.notes:
         print(shown(f"{weights}: {note}"), flush=True)

@@ -44,6 +44,19 @@ class Images:
 
 
 @dataclass(frozen=True)
+class Replay:
+    """Old shards that are shown along with the new ones.
+
+    Attributes:
+        patterns: the shards, absolute.
+        share: of all samples, between 0 and 1.
+    """
+
+    patterns: tuple[str, ...]
+    share: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """Settings of a run.
 
@@ -68,6 +81,7 @@ def make_plan(
     train: str = "all",
     guides: Guides | None = None,
     own: Mapping[str, Any] | None = None,
+    replay: Replay | None = None,
 ) -> Plan:
     """Chooses the settings.
 
@@ -80,6 +94,7 @@ def make_plan(
         train: part of the tower that is trained, as in ``adapt.train``.
         guides: columns of metadata that guide the run.
         own: sections with the user's own settings, valid; what is chosen follows their length, batch and size of views.
+        replay: old shards, and how many of the samples are theirs.
 
     Raises:
         DataError: there are too few images.
@@ -96,15 +111,16 @@ def make_plan(
         "run": {"name": name, "directory": directory},
         "model": dict(weights.architecture.model),
         "init_from": {"source": source, **({"heads": True} if weights.method is not None else {})},
-        "data": {"shards": list(images.patterns)},
+        "data": _data(images, replay, reasons),
     }
     of_user = _section(own, "train")
     batch = int(of_user.get("global_batch_size", _batch(count)))
-    samples = min(max(_EPOCHS * count, _LEAST_SAMPLES), max(_MOST_SAMPLES, count))
-    steps = max(Length.parse(of_user.get("duration", samples)).steps(count, batch), 1)
+    epoch = count if replay is None else round(count / (1 - replay.share))  # samples until each new one was shown
+    samples = min(max(_EPOCHS * epoch, _LEAST_SAMPLES), max(_MOST_SAMPLES, epoch))
+    steps = max(Length.parse(of_user.get("duration", samples)).steps(epoch, batch), 1)
     settings["train"] = {"global_batch_size": batch, "duration": f"{steps} steps"}
     reasons["train.global_batch_size"] = f"32 batches in an epoch of {count} images, but 32 to 256 images each; {_OURS}"
-    reasons["train.duration"] = f"{samples / count:.3g} epochs: {_EPOCHS}, but 20 thousand to 2 million samples; {_OURS}"
+    reasons["train.duration"] = f"{samples / epoch:.3g} epochs: {_EPOCHS}, but 20 thousand to 2 million samples; {_OURS}"
     if weights.parameters > _SMALL and batch > 8 and batch % 8 == 0:
         settings["train"]["micro_batch_size"] = batch // 8
         reasons["train.micro_batch_size"] = f"memory, and up to eight ranks give the same run; {_OURS}"
@@ -127,9 +143,20 @@ def make_plan(
     every = f"{max(steps // 5, 1)} steps"
     settings["checkpoint"] = {"every": every}
     if images.validation:
-        settings["evaluation"] = {"knn": {"enabled": True, "every": every}}
+        own_voters = {"train_shards": list(images.patterns)} if replay is not None else {}
+        settings["evaluation"] = {"knn": {"enabled": True, "every": every, **own_voters}}
         reasons["evaluation.knn.enabled"] = "the shards are labelled, and val-*.tar are beside them"
     return Plan(settings, reasons, freeze * batch)
+
+
+def _data(images: Images, replay: Replay | None, reasons: dict[str, str]) -> dict[str, Any]:
+    if replay is None:
+        return {"shards": list(images.patterns)}
+    reasons["data.sources"] = (
+        f"{replay.share:.0%} of the samples are old ones, so that less is forgotten (replay, as in arXiv 1811.11682)"
+    )
+    new = {"name": "new", "shards": list(images.patterns), "weight": round(1 - replay.share, 6)}
+    return {"sources": [new, {"name": "replayed", "shards": list(replay.patterns), "weight": round(replay.share, 6)}]}
 
 
 def _adapt(weights: Described, train: str, method: dict[str, Any], reasons: dict[str, str]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from pipeline.config.layers import Branch, Problem, grown, merge, override, unwrap
 from pipeline.config.load import Loaded, load, problems_of
@@ -22,7 +23,7 @@ from pipeline.data.loader.reader import Reader
 from pipeline.errors import ConfigError, DataError
 from pipeline.weights.adapt.columns import guides_of
 from pipeline.weights.adapt.describe import describe
-from pipeline.weights.adapt.plan import Images, Plan, check_length, make_plan
+from pipeline.weights.adapt.plan import Images, Plan, Replay, check_length, make_plan
 from pipeline.weights.adapt.text import COMMAND_LINE, command_line, config_text
 
 FILE = "adapt.yaml"
@@ -60,6 +61,7 @@ def prepare(
     columns: Sequence[tuple[str, str]] = (),
     command: Sequence[str],
     progress: Progress | None = None,
+    replay: tuple[str, float] | None = None,
 ) -> Prepared:
     """Chooses the settings of a run; writes nothing but the index of the shards.
 
@@ -72,6 +74,7 @@ def prepare(
         columns: columns of the samples' JSON that guide the run, each with ``discourage`` or ``encourage``.
         command: the whole command line after ``fovea``, for the header.
         progress: called for each shard indexed.
+        replay: pattern of old shards that are shown along, and their share of the samples.
 
     Raises:
         FoveaError: the weights cannot be trained on, or there are too few images.
@@ -97,6 +100,7 @@ def prepare(
         train=train,
         guides=guides,
         own=unwrap(overriding),
+        replay=None if replay is None else _replayed(*replay, unwrap(overriding), progress),
     )
     tree = grown(plan.settings, "chosen")
     merge(tree, overriding)
@@ -120,6 +124,13 @@ def prepare(
 
 def _check(overriding: Branch, shards: Sequence[str]) -> None:
     """Refuses settings of the command line whose key, type or value is wrong, before anything is made of them."""
+    data = unwrap(overriding).get("data")
+    if named := [name for name in ("shards", "sources") if isinstance(data, dict) and name in data]:
+        raise ConfigError(
+            f"data.{named[0]} would replace the shards that the weights are adapted to",
+            where="command line",
+            hint="Name the new shards first, after `adapt`, and old ones that are to be shown along with --replay",
+        )
     base: dict[str, Any] = {"data": {"shards": list(shards)}}
     if "model" not in unwrap(overriding):
         base["model"] = {"timm_name": "vit_tiny_patch16_224"}
@@ -169,7 +180,25 @@ def _probe(shards: Sequence[str], overrides: dict[str, Any]) -> Config:
     """Settings that read the shards as the run will."""
     data = overrides.get("data", {})
     section = {**data, "shards": list(shards)} if isinstance(data, dict) else {"shards": list(shards)}
-    return Config.model_validate({"model": {"timm_name": "vit_tiny_patch16_224"}, "data": section})
+    try:
+        return Config.model_validate({"model": {"timm_name": "vit_tiny_patch16_224"}, "data": section})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise ConfigError(problem["msg"], where=where, hint="Correct the settings after the shards") from None
+
+
+def _replayed(pattern: str, share: float, overrides: dict[str, Any], progress: Progress | None) -> Replay:
+    """The old shards, indexed.
+
+    Raises:
+        DataError: they hold no usable image.
+    """
+    _check_packed([pattern])
+    probe = _probe([pattern], overrides)
+    if not indexed(probe, probe.data.patterns, progress).total:
+        raise DataError("no usable images", where=pattern, hint="Name shards of old images after --replay")
+    return Replay(patterns((pattern,)), share)
 
 
 def _check_packed(shards: Sequence[str]) -> None:

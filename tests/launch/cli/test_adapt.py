@@ -104,6 +104,32 @@ def test_what_is_chosen_follows_the_views_of_the_command_line(shards: Path, weig
     assert (views.global_size, getattr(views, "local_size")) == (56, 24)  # noqa: B009 - of DINOv2's views only
 
 
+def test_old_shards_are_shown_along_in_their_share(shards: Path, weights: Path, tmp_path: Path) -> None:
+    old = pack(tmp_path / "old-00000.tar", 140)
+    words = ["adapt", str(shards), "--from", str(weights), "--to", "run", "--config-only", "train.duration=3 epochs"]
+    assert fovea(*words, "--replay", str(old), "--replay-share", "0.25") == 0
+    config = load(tmp_path / "run" / "adapt.yaml").config
+    assert config.data.sources is not None and not config.data.shards
+    assert [(source.shards, source.weight) for source in config.data.sources] == [((str(shards),), 0.75), ((str(old),), 0.25)]
+    assert str(config.adapt.freeze_backbone) == "1 steps"  # a tenth of 3 / 0.75 epochs of 130 images in batches of 32
+    assert any("data.sources = " in line and "25%" in line for line in (tmp_path / "run" / "adapt.yaml").read_text().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.sources=[{name: a, shards: x.tar}]"], "data.sources would replace the shards"),
+        (["data.shards=x.tar"], "data.shards would replace the shards"),
+        (["--replay", "nowhere-*.tar"], "nowhere-*.tar: no shard matches"),
+    ],
+)
+def test_shards_that_cannot_be_meant_are_refused(
+    words: list[str], message: str, shards: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fovea("adapt", str(shards), "--from", str(weights), "--to", "run", "--config-only", *words) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 def test_the_default_folder_has_the_name_of_the_weights(shards: Path, weights: Path, tmp_path: Path) -> None:
     assert fovea("adapt", str(shards), "--from", str(weights), "--config-only") == 0
     assert load(tmp_path / "runs" / "adapt-dinov2_tiny" / "adapt.yaml").config.run.name == "adapt-dinov2_tiny"
