@@ -18,9 +18,11 @@ from pipeline.data.pack.shifts import Shift
 from pipeline.data.pack.synthetic import write
 from pipeline.errors import FoveaError
 
+REPLAY = "and replay of old scenes"
 WAYS: dict[str, tuple[str, ...]] = {
     "all of the tower": (),
     "and preservation": ("adapt.preserve_cls=1", "adapt.preserve_patches=1"),
+    REPLAY: (),
     "and L2 to the start": ("adapt.l2_to_start=10",),
     "the last block": ("adapt={train: last_blocks, last_blocks: 1}",),
     "adapters of rank 4": ("adapt={train: lora, lora: {rank: 4, alpha: 8.0}}",),
@@ -115,7 +117,8 @@ def _one(
     if way == NOTHING:
         train("dinov2/scenes_vit_tiny", folder, [f"data.shards={shards}", "checkpoint.every=100 steps", *settings])
     else:
-        fovea(["adapt", shards, "--from", str(start), "--to", str(folder), *settings, *WAYS[way]])
+        replay = ["--replay", f"{directory / 'scenes'}/*train-*.tar"] if way == REPLAY else []
+        fovea(["adapt", shards, "--from", str(start), "--to", str(folder), *replay, *settings, *WAYS[way]])
     scores = {name: _scores(folder, directory / name, start=way != NOTHING) for name in (shift, "none")}
     new, old = scores[shift], scores["none"]
     middle = f"between/0.50/{_K}"
