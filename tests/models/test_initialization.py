@@ -165,7 +165,7 @@ def mlps(config: Config) -> dict[str, Rule]:
     norm = rf"({'|'.join(map(re.escape, heads))})\.(1|4|7)\."
     last = r"(projector|predictor)\.\d\."
     inner = config.model.embed_dim or (2048 if config.model.timm_name == "resnet50" else 8 * (config.model.resnet_width or 64))
-    biased = config.method.name == "mocov2"
+    biased = config.method.name == "mocov2" or getattr(config.method, "head_norm", "") == "none"
     rules: dict[str, Rule] = {norm + "weight$": ONE, norm + "bias$": ZERO} if config.method.name != "mocov2" else {}
     if biased and getattr(config.method, "head_norm", "none") == "batch":
         rules |= {r"projector\.1\.weight$": ONE, r"projector\.1\.bias$": ZERO}
