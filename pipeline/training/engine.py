@@ -55,8 +55,7 @@ if _tracker is None:
     del sys.modules["mlflow"]
 
 # Each engine imports DeepSpeed's Muon, unused here, whose decorators would load torch's compiler: a CPU second of each start.
-_compile = getattr(compiler, "compile", None)
-compiler.compile = lambda: lambda function: function
+_compile, compiler.compile = getattr(compiler, "compile", None), lambda: lambda function: function
 with contextlib.suppress(ImportError):  # a version without it
     import deepspeed.runtime.zero.muon.muon_optimizer
 compiler.compile = _compile

@@ -238,7 +238,11 @@ def test_two_students_go_on_from_a_checkpoint_as_if_nothing_had_happened(tmp_pat
 
 def test_students_of_one_name_of_another_patch_or_with_an_anchor_are_refused() -> None:
     one = {"name": "b", "embed_dim": 8, "depth": 1, "num_heads": 2, "patch_size": 4}
-    for wrong, words in (({"students": [one, one]}, "one name"), ({"students": [one], "gram_weight": 1.0}, "Gram anchor")):
+    for wrong, words in (
+        ({"students": [one, one]}, "one name"),
+        ({"students": [one], "gram_weight": 1.0}, "Gram anchor"),
+        ({"students": [one], "target_batch": "micro"}, "computed once for all"),
+    ):
         with pytest.raises(ValueError, match=words):
             DistillSettings(teacher_weights="x", **(SIZES | wrong))
     with pytest.raises(ValueError, match="name"):

@@ -136,9 +136,7 @@ class DINOv2(Method):
     def forward(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Loss terms ``dino_local``, ``dino_global``, ``ibot`` and ``koleo``; with a Gram anchor also ``gram``."""
         if not self._pending_targets or self._pending_targets[0].batch is not batch:
-            if self.settings.target_batch == "global":
-                self._clear_step_state()
-            self._prepare([batch], step)
+            (self.before_accumulation if self.settings.target_batch == "global" else self._prepare)([batch], step)
         s, targets, masks = self.settings, self._pending_targets.popleft(), batch.masks["global"]
         global_crops = torch.cat(batch.views["global"])  # [2 * batch, 3, height, width]
         global_tokens = self.backbone(

@@ -47,6 +47,8 @@ class DistillSettings(Dinov2Settings):
             raise ValueError("has two students of one name")
         if self.students and self.gram_weight:
             raise ValueError("has several students, and a Gram anchor is one student's own; set gram_weight to 0")
+        if self.students and self.target_batch != "global":
+            raise ValueError("has several students, whose targets are computed once for all; set target_batch to global")
         return self
 
     @property
