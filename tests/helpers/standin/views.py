@@ -65,7 +65,7 @@ def measure() -> dict[str, Any]:
 
     dali.tensors = SimpleNamespace(TensorGPU=TensorGPU)
     dali.Augmenter._build = staticmethod(  # type: ignore[method-assign]
-        lambda group, *_: (_Pipeline(len(group.views), group.size, seen), [])
+        lambda group, **_: (_Pipeline(len(group.views), group.size, seen), [])
     )
     specs = tuple(ViewSpec(f"view{side_}", 2, side_, (0.3, 1.0)) for side_ in (32, 16, 8))
     augmenter = dali.Augmenter(specs, batch_size=4, device_id=DEVICE)
