@@ -102,7 +102,7 @@ def _config(method: str, options: Options) -> tuple[str, list[str], Config]:
     name = f"{method}/cifar10_small"
     settings = [f"data.shards={json.dumps(options.shards)}"]
     if options.epochs is not None:
-        settings.append(f"train.duration={options.epochs:g} epochs")
+        settings += [f"train.duration={options.epochs:g} epochs", f"schedule.lr.warmup={options.epochs / 10:g} epochs"]
     return name, settings, load(name, settings).config
 
 
@@ -164,12 +164,13 @@ def _timed(method: str, side: str, at: int, options: Options) -> PeerResult:
     try:
         for steps in options.steps:
             before = _children()
+            short = [*settings, f"train.duration={steps} steps", "schedule.lr.warmup=1 steps"]
             if side == "fovea":
                 folder = options.directory / f"time-{method}-{at}-{steps}"
-                short = [f"train.duration={steps} steps", "schedule.lr.warmup=1 steps", "evaluation.knn.enabled=false"]
-                train(name, folder, [*settings, *short, f"checkpoint.every={steps} steps", "tracking.enabled=false"])
+                quiet = ["evaluation.knn.enabled=false", f"checkpoint.every={steps} steps", "tracking.enabled=false"]
+                train(name, folder, [*short, *quiet])
             else:
-                _theirs(name, settings, steps, 0, at, options)
+                _theirs(name, short, steps, 0, at, options)
             costs.append(_children() - before)
     except FoveaError as error:
         return PeerResult(method, side, at, batch, failed=str(error))

@@ -102,11 +102,15 @@ def _one(method: str, way: str, seed: int, settings: Sequence[str], folder: Path
         "evaluation.knn.every=100000 steps",
         "tracking.enabled=false",
         *(text.format(small=options.small) for text in common),
-        *([f"train.duration={options.epochs:g} epochs"] if options.epochs is not None else []),
+        *_length(options.epochs),
     ]
     scores = train(name, folder, [*every, *settings])["scores"]
     metric = max((each for each in scores if each.startswith("knn/k")), key=lambda each: int(each.removeprefix("knn/k")))
     return BatchResult(method, way, seed, scores[metric], scores.get(baseline_metric("random_init", metric), math.nan))
+
+
+def _length(epochs: float | None) -> list[str]:
+    return [] if epochs is None else [f"train.duration={epochs:g} epochs", f"schedule.lr.warmup={epochs / 10:g} epochs"]
 
 
 def line(result: BatchResult) -> str:

@@ -186,26 +186,26 @@ def test_ranks_on_hosts_without_a_gpu_are_forks_of_one_process(
     assert len(asked) == int(forks) and all(VARIABLE not in one for one in asked)
 
 
-def test_each_start_of_the_ranks_is_told_what_its_launcher_has_spent(
+def test_each_start_of_the_ranks_receives_what_its_launcher_has_spent(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = load(config, ["data.shards=/nowhere/x.tar", "launch.restarts=1"]).config
     run = RunDirectory(tmp_path / "run")
-    told: list[dict[str, Any]] = []
+    received: list[dict[str, Any]] = []
 
     def start(*_: object, environment: Mapping[str, str], **__: object) -> int:
-        told.append(json.loads(environment[VARIABLE]))
+        received.append(json.loads(environment[VARIABLE]))
         claim(run.logs(run.next_attempt() - 1), {"rank": 0, "what": "it failed", "code": 137, "step": 0, "cause": "crash"})
-        return 137 if len(told) == 1 else 0
+        return 137 if len(received) == 1 else 0
 
     monkeypatch.setattr("launch.local.start", start)
     monkeypatch.setattr(restarts, "chosen_again", lambda *_: None)
     startup = StartupPhases("launcher", begun=1000.0, clock=lambda: 1002.5, cpu=lambda: 1.5)
     startup.mark("index")
     assert restarts.attend(settings, run, 1, None, None, startup=startup) == (1, 0)  # type: ignore[arg-type]
-    first, second = ([mark["name"] for mark in one["marks"]] for one in told)
+    first, second = ([mark["name"] for mark in one["marks"]] for one in received)
     assert (first, second) == (["index", "checkpoint chosen"], ["checkpoint chosen"])
-    assert told[0]["begun"] == 1000 and told[1]["begun"] > 1e9, "a restart begins when the ranks are started again"
+    assert received[0]["begun"] == 1000 and received[1]["begun"] > 1e9, "a restart begins when the ranks are started again"
 
 
 def test_a_signal_between_two_attempts_is_heeded(
